@@ -19,11 +19,11 @@ from typing import Any, NoReturn
 
 from asyncllm import __version__, log
 from asyncllm.config import FLAGS, OPERATION, TOPICS, Config, Flag, roles
-from asyncllm.config.foreign import FOREIGN, Foreign
+from asyncllm.config.foreign import FOREIGN, ForeignOption
 from asyncllm.environment import has_cuda, quiet_libraries
 from asyncllm.errors import StartupError
 from asyncllm.server import signals
-from asyncllm.server.ahead import Ahead
+from asyncllm.server.compile_helper import CompileHelper
 
 NUMBER = re.compile(r"[-+]?[0-9.eE+-]*|[-+]?(inf|nan)", re.ASCII)
 ALIASES = {
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.make_cluster_key is not None:
             return _make_cluster_key(config.make_cluster_key)
         with contextlib.ExitStack() as stack:
-            ahead = stack.enter_context(Ahead()) if _compiles(config) else None
+            ahead = stack.enter_context(CompileHelper()) if _compiles(config) else None
             from asyncllm.rank import serve  # takes seconds: torch
 
             return serve(config, ahead)
@@ -255,7 +255,7 @@ def _ours(argv: list[str]) -> tuple[list[str], list[str]]:
     return words, warnings
 
 
-def _values(rest: list[str], foreign: Foreign) -> list[str]:
+def _values(rest: list[str], foreign: ForeignOption) -> list[str]:
     """The leading words of ``rest`` that are values of the preceding option."""
     most = {"none": 0, "one": 1, "many": len(rest)}[foreign.values]
     return list(takewhile(lambda word: not word.startswith("--"), rest[:most]))

@@ -199,9 +199,9 @@ def _write_weights(file: GgufFile, path: Path, bar: Bar) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from asyncllm.models.gguf_tensors import GgufTensors
+    from asyncllm.models.gguf_tensors import GgufWeights
 
-    tensors, weights = GgufTensors(file.path), {}
+    tensors, weights = GgufWeights(file.path), {}
     with bar(f"convert {NAME}", sum(place.nbytes for place in file.tensors.values())) as shown:
         for name in sorted(tensors.names()):
             source = tensors.tensor(name)

@@ -46,7 +46,7 @@ def setup(level: str = "info", json: bool = False, who: str = "rank0") -> None:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
 
 
-class Seldom:
+class RateLimitedLog:
     """Rate-limited warnings: at most one a minute, with a count of those suppressed.
 
     Args:

@@ -15,9 +15,9 @@ import torch
 import uvloop
 
 from asyncllm import log
-from asyncllm.actors.pulse import Pulse
+from asyncllm.actors.heartbeats import Heartbeats
 from asyncllm.api.common.defaults import read_defaults
-from asyncllm.config import Config, Resolved, quantisation, resolve_limits, roles
+from asyncllm.config import Config, ResolvedConfig, quantisation, resolve_limits, roles
 from asyncllm.constrain.llguidance_backend import library
 from asyncllm.environment import CUDA_VISIBLE, cache_dir, cuda_visible
 from asyncllm.errors import StartupError
@@ -26,10 +26,11 @@ from asyncllm.kernels.autotune import device_facts
 from asyncllm.models.checkpoint import as_stored, read_checkpoint
 from asyncllm.models.spec import ModelSpec, generation_config
 from asyncllm.server import config_server
-from asyncllm.server.ahead import Ahead
 from asyncllm.server.check import check
 from asyncllm.server.cluster import open_channel
+from asyncllm.server.compile_helper import CompileHelper
 from asyncllm.server.compile_kernels import job, job_name
+from asyncllm.server.endpoint_assignment import EndpointAssignment, find_seat, take_seat
 from asyncllm.server.keys import with_all_keys
 from asyncllm.server.launch import (
     Boot,
@@ -41,16 +42,15 @@ from asyncllm.server.launch import (
 )
 from asyncllm.server.lease import take_lease
 from asyncllm.server.loading import load_text
-from asyncllm.server.process import EXIT_STARTUP, Ground, Server
-from asyncllm.server.seats import Seat, find_seat, take_seat
-from asyncllm.server.signals import Watch, end, hold_draining, leave_to_leader
-from asyncllm.text import Text
+from asyncllm.server.process import EXIT_STARTUP, NodeResources, Server
+from asyncllm.server.signals import SignalWatcher, end, hold_draining, leave_to_leader
+from asyncllm.text import ModelTokenizer
 from asyncllm.topology import HTTP, Topology
 
 logger = logging.getLogger(__name__)
 
 
-def serve(config: Config, ahead: Ahead | None = None) -> int:
+def serve(config: Config, ahead: CompileHelper | None = None) -> int:
     """Run a whole server as rank 0 until it is told to stop; returns the exit code.
 
     Args:
@@ -67,7 +67,7 @@ def serve(config: Config, ahead: Ahead | None = None) -> int:
         return config_server.serve(config)
     if config.output_constraint_mode != "none":
         library()
-    watch = Watch(f"rank {config.node_rank * config.tp // config.nnodes}", leads=True)
+    watch = SignalWatcher(f"rank {config.node_rank * config.tp // config.nnodes}", leads=True)
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(bind_http(config.host, config.port))  # before any download
         load_way = None if config.run_mode == roles.MASTER else config.load_way
@@ -93,7 +93,7 @@ def serve(config: Config, ahead: Ahead | None = None) -> int:
             listen_fd=sock.fileno() if serves else -1,
             parent=0,
             store_fd=seat.store_fd,
-            pulse_fd=Pulse.create() if seat.wires.address(0) else -1,
+            pulse_fd=Heartbeats.create() if seat.wires.address(0) else -1,
             advertised=seat.advertised,
             cluster_host=cluster_host,
             incarnation="" if channel is None else channel.card.incarnation,
@@ -105,17 +105,17 @@ def serve(config: Config, ahead: Ahead | None = None) -> int:
         if ahead is not None:
             _compile(ahead, boot, spec)
         status = None if serves else sock
-        ground = Ground(seat.wires, seat.lifeline, status, channel, ahead)
+        ground = NodeResources(seat.wires, seat.lifeline, status, channel, ahead)
         return uvloop.run(Server(boot, spec, text, ground, watch).run())
 
 
 def _seat(
     config: Config,
     spec: ModelSpec,
-    resolved: Resolved,
+    resolved: ResolvedConfig,
     model_dir: Path,
     stack: contextlib.ExitStack,
-) -> Seat:
+) -> EndpointAssignment:
     """Join the other nodes, waiting for them, and return this process's endpoint."""
     if config.run_mode == roles.MASTER:
         if not config.check:
@@ -152,7 +152,7 @@ def _seat(
     return take_seat(config, topology, stack)
 
 
-def _read(config: Config, model_dir: Path) -> tuple[ModelSpec, Text]:
+def _read(config: Config, model_dir: Path) -> tuple[ModelSpec, ModelTokenizer]:
     """The checkpoint's model spec and its tokenizer; a master does not look at weights."""
     config_spec = ModelSpec.from_dir(model_dir)
     if config.run_mode == roles.MASTER:
@@ -169,7 +169,7 @@ def _read(config: Config, model_dir: Path) -> tuple[ModelSpec, Text]:
     return spec, text
 
 
-def _compile(ahead: Ahead, boot: Boot, spec: ModelSpec) -> None:
+def _compile(ahead: CompileHelper, boot: Boot, spec: ModelSpec) -> None:
     """Have the kernels compiled that a rank of ``boot`` will launch."""
     if boot.resolved.device != "cuda":
         ahead.give("", "")
@@ -183,7 +183,9 @@ def _leave(wires: ZmqAddresses | NodeWires, code: int) -> NoReturn:
     os._exit(code)
 
 
-def resolve(config: Config, spec: ModelSpec, model_dir: Path, text: Text | None = None) -> Resolved:
+def resolve(
+    config: Config, spec: ModelSpec, model_dir: Path, text: ModelTokenizer | None = None
+) -> ResolvedConfig:
     """Derive the limits from the options, the model and this machine. Without ``text`` no
     tokenizer is read."""
     cuda = config.run_mode != roles.MASTER and torch.cuda.is_available()
@@ -235,13 +237,13 @@ def main() -> int:
         die_with_parent(boot.parent)
     leave_to_leader()
     log.setup(boot.config.log_level, boot.config.log_json, boot.name.replace(" ", ""))
-    watch = Watch(boot.name, leads=False)
+    watch = SignalWatcher(boot.name, leads=False)
     try:
         model_dir = Path(boot.model_dir)
         spec = ModelSpec.from_dir(model_dir)
         with read_checkpoint(model_dir, boot.config.load_way, spec) as checkpoint:
             spec = as_stored(spec, checkpoint)
-        return uvloop.run(Server(boot, spec, None, Ground(), watch).run())
+        return uvloop.run(Server(boot, spec, None, NodeResources(), watch).run())
     except StartupError as error:
         logger.critical("%s cannot start: %s", boot.name, error)
         return EXIT_STARTUP

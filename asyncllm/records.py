@@ -128,7 +128,7 @@ class ConstraintDone:
 
 @record
 @dataclass(slots=True)
-class Opened:
+class OpenedLane:
     """A lane that is new to the runners: a request begins or returns after a preemption."""
 
     lane: int
@@ -139,7 +139,7 @@ class Opened:
 
 @record
 @dataclass(frozen=True, slots=True)
-class Answered:
+class AnsweredRequest:
     """Statistics of one answered HTTP request.
 
     Args:
@@ -162,7 +162,7 @@ class Answered:
 
 @record
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class GroupLoad:
     """The load of a group.
 
     Args:
@@ -186,7 +186,7 @@ class Load:
 
 @record
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KvMoved:
+class TransferTotals:
     """K/V that a node has sent to and received from others since its start.
 
     Args:
@@ -205,15 +205,15 @@ class KvMoved:
     lapses: int = 0
     waiting: int = 0
 
-    def __add__(self, other: KvMoved) -> KvMoved:
-        return KvMoved(
+    def __add__(self, other: TransferTotals) -> TransferTotals:
+        return TransferTotals(
             **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
         )
 
 
 @record
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KvWire:
+class KvWireFormat:
     """The layout of one server's K/V on the wire.
 
     Two servers can exchange K/V if all fields but ``tp`` are equal.
@@ -240,7 +240,7 @@ class KvWire:
     def valid(self) -> bool:
         return min(self.num_layers, self.num_heads, self.head_bytes, self.tp) > 0
 
-    def difference(self, other: KvWire) -> str:
+    def difference(self, other: KvWireFormat) -> str:
         """What makes the two incompatible; "": nothing."""
         for name, ours in asdict(self).items():
             if name != "tp" and ours != (theirs := asdict(other)[name]):
@@ -250,7 +250,7 @@ class KvWire:
 
 @record
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Destination:
+class KvDestination:
     """Where to send the K/V of a request.
 
     Args:
@@ -265,7 +265,7 @@ class Destination:
     hit: int
     length: int
     addresses: tuple[str, ...]
-    wire: KvWire
+    wire: KvWireFormat
 
     @property
     def valid(self) -> bool:

@@ -50,7 +50,7 @@ HelperReply = list[Any]  # a reply of the helper, as above
 
 
 @dataclass(frozen=True, slots=True)
-class Chats:
+class TemplateSet:
     """The chat templates of a model and what is needed to render them.
 
     Attributes:
@@ -65,7 +65,7 @@ class Chats:
     fault: str = ""
 
 
-class Helper:
+class TemplateHelper:
     """A helper process that has been started; it may still be reading the templates.
 
     Args:
@@ -75,7 +75,9 @@ class Helper:
         sock: this end of the connection.
     """
 
-    def __init__(self, chats: Chats, calls: str | None = None, thoughts: str | None = None) -> None:
+    def __init__(
+        self, chats: TemplateSet, calls: str | None = None, thoughts: str | None = None
+    ) -> None:
         self.sock, theirs = socket.socketpair()
         controls = chats.controls
         secret = controls and [controls.spelled, controls.hidden, controls.meant]
@@ -99,7 +101,7 @@ class Helper:
 
 
 def read_dialect(
-    chats: Chats,
+    chats: TemplateSet,
     calls: str | None = None,
     thoughts: str | None = None,
     *,
@@ -109,12 +111,12 @@ def read_dialect(
     and merely spelled control tokens. Blocks.
 
     Args:
-        as for ``Helper``.
+        as for ``TemplateHelper``.
 
     Raises:
         StartupError: they do not compile, or take longer than ``seconds``.
     """
-    helper = Helper(chats, calls, thoughts)
+    helper = TemplateHelper(chats, calls, thoughts)
     try:
         helper.sock.settimeout(seconds)
         helper.sock.sendall(helper.first)

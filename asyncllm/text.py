@@ -36,7 +36,7 @@ Mode = Literal["fast", "slow", "auto"]
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class ModelTokenizer:
     """A loaded tokenizer. Immutable; every method may be called from any thread.
 
     Attributes:
@@ -108,7 +108,7 @@ def load_tokenizer(
     mode: Mode = "auto",
     trust_remote_code: bool = False,
     vocab_size: int = MOST_TOKENS,
-) -> Text:
+) -> ModelTokenizer:
     """Load the tokenizer of a model folder. ``fast`` and ``auto`` are the same.
 
     Uses tokenizer.json, or else SentencePiece's tokenizer.model, or else tekken.json. transformers
@@ -145,7 +145,7 @@ def load_tokenizer(
     return text
 
 
-def with_controls(text: Text) -> Text:
+def with_controls(text: ModelTokenizer) -> ModelTokenizer:
     """``text`` with control tokens told apart from text that merely spells them.
 
     Applies to all added tokens but those made of white space. A second tokenizer shares vocabulary
@@ -238,7 +238,7 @@ def _fast(
     config: JsonObject,
     special: dict[str, str],
     templates: dict[str, str],
-) -> Text:
+) -> ModelTokenizer:
     tokenizer.no_truncation()  # a file may contain the settings of its training
     tokenizer.no_padding()
     # named special tokens are special even if the file lists them as ordinary tokens
@@ -269,7 +269,7 @@ def _fast(
     decoder = json.loads(tokenizer.to_str())["decoder"]
     table = _table(decoder, [tokens.get(i, "") for i in range(size)], hidden)
     pieces = table.pieces if table else [decode([i], False).encode() for i in range(size)]
-    return Text(
+    return ModelTokenizer(
         tokenizer,
         pieces,
         table,
@@ -419,7 +419,7 @@ def _by_transformers(
     config: JsonObject,
     special: dict[str, str],
     templates: dict[str, str],
-) -> Text | None:
+) -> ModelTokenizer | None:
     """Load with transformers. None: a slow one was requested, but only a fast one exists."""
     if not folder.is_dir():
         raise StartupError(f"{folder} is not a folder")
@@ -454,7 +454,7 @@ def _by_transformers(
 
 def _slow(
     slow: PreTrainedTokenizerBase, special: dict[str, str], templates: dict[str, str]
-) -> Text:
+) -> ModelTokenizer:
     """A slow transformers tokenizer: its decoder is unknown, so windows are decoded."""
 
     def encode(text: str, add_special_tokens: bool) -> list[int]:
@@ -469,7 +469,7 @@ def _slow(
 
     vocab = slow.get_vocab()
     size = max(vocab.values(), default=-1) + 1
-    return Text(
+    return ModelTokenizer(
         None,
         [decode([i], False).encode("utf-8", "replace") for i in range(size)],
         None,

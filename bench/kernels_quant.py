@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from asyncllm.engine import quant_torch
 from asyncllm.engine.ops_cuda import TritonOps
-from asyncllm.engine.quant_cuda import QuantWays, pack_quant, quant_linear, ways_of
+from asyncllm.engine.quant_cuda import KernelThresholds, pack_quant, quant_linear, ways_of
 from asyncllm.kernels import autotune
 from asyncllm.kernels.gated import gated
 from asyncllm.kernels.quant import four_bits as bits
@@ -101,7 +101,7 @@ def without_library(kinds: Iterable[QuantKind]) -> set[str]:
         held, x = make_weight(kind, 512, 1024), randn(64, 1024)
         want = quant_torch.quant_linear(x.float(), held)
         try:
-            error = distance(want, quant_linear(x, pack_quant(held), ways=QuantWays(0, 0)))
+            error = distance(want, quant_linear(x, pack_quant(held), ways=KernelThresholds(0, 0)))
         except (RuntimeError, ValueError) as refused:
             print(f"{kind}: not by the library: {str(refused)[:200]}")
             missing.add(str(kind))
@@ -150,9 +150,9 @@ def wrong_kernels(kinds: Iterable[QuantKind]) -> list[str]:
             exact = x.double() @ quant_torch.dequantize(held).double().t()
             rounded = quant_torch.quant_linear(x.float(), held)
             for name, ways in (
-                ("own", QuantWays(0, EXACT)),
-                ("library", QuantWays(0, 0)),
-                ("wide", QuantWays(EXACT, EXACT)),
+                ("own", KernelThresholds(0, EXACT)),
+                ("library", KernelThresholds(0, 0)),
+                ("wide", KernelThresholds(EXACT, EXACT)),
             ):
                 unknown = name == "library" and kind in WITHOUT_LIBRARY
                 if (kind == "int4_group" and name == "wide") or unknown:
@@ -199,7 +199,7 @@ def make_layer(kind: QuantKind | None) -> Layer:
     return Layer(kind or "bf16", weights)
 
 
-def linear_calls(layer: Layer, name: str, x: Tensor, ways: QuantWays | None) -> list[Call]:
+def linear_calls(layer: Layer, name: str, x: Tensor, ways: KernelThresholds | None) -> list[Call]:
     out = torch.empty(len(x), PRODUCTS[name][0], dtype=x.dtype, device=x.device)
     if layer.kind == "bf16":
         return [partial(torch.mm, x, w.t(), out=out) for w in layer.weights[name]]
@@ -230,19 +230,19 @@ def product_calls(layer: Layer, name: str, x: Tensor, fast: bool = True) -> list
     return calls
 
 
-def ways_for(kind: str, num_rows: int) -> dict[str, QuantWays]:
+def ways_for(kind: str, num_rows: int) -> dict[str, KernelThresholds]:
     """What is worth a measurement."""
     if kind == "int4_group":
-        found = {"own": QuantWays(0, EXACT)}
+        found = {"own": KernelThresholds(0, EXACT)}
         if num_rows >= 64:
-            found["library"] = QuantWays(0, 0)
-        return found if num_rows <= 1024 else {"library": QuantWays(0, 0)}
-    found = {"own": QuantWays(0, EXACT)}
+            found["library"] = KernelThresholds(0, 0)
+        return found if num_rows <= 1024 else {"library": KernelThresholds(0, 0)}
+    found = {"own": KernelThresholds(0, EXACT)}
     if num_rows <= 32:
-        found["wide"] = QuantWays(EXACT, EXACT)
+        found["wide"] = KernelThresholds(EXACT, EXACT)
     library = kind in ("fp8_channel", "fp8_block") and kind not in WITHOUT_LIBRARY
     if library and num_rows >= 64:
-        found["library"] = QuantWays(0, 0)
+        found["library"] = KernelThresholds(0, 0)
     return found
 
 
@@ -294,7 +294,9 @@ def measure(kinds: Iterable[QuantKind], quick: bool) -> dict[str, dict[str, dict
     return found
 
 
-def fused_calls(layer: Layer, num_rows: int, ways: QuantWays | None, turn: int) -> list[Call]:
+def fused_calls(
+    layer: Layer, num_rows: int, ways: KernelThresholds | None, turn: int
+) -> list[Call]:
     """A layer of the model without its attention, whose norms and activation give 8 bits."""
     ops, x, residual = TritonOps(), randn(num_rows, 4096), randn(num_rows, 4096)
     weight, form = randn(4096), ROW_FORMS[layer.kind]
@@ -323,7 +325,9 @@ def fused_calls(layer: Layer, num_rows: int, ways: QuantWays | None, turn: int) 
     ]
 
 
-def chain_calls(layer: Layer, num_rows: int, ways: QuantWays | None, turn: int) -> list[Call]:
+def chain_calls(
+    layer: Layer, num_rows: int, ways: KernelThresholds | None, turn: int
+) -> list[Call]:
     """A layer of the model without its attention."""
     x, residual, weight = randn(num_rows, 4096), randn(num_rows, 4096), randn(4096)
     made = {name: randn(num_rows, n) for name, (n, _) in PRODUCTS.items()}

@@ -5,7 +5,7 @@
 
 Two ranks of a model of ``--layers``, ``--kv_heads`` and ``--head_dim`` in bf16 (Llama-3.1-8B's on a
 GPU), one in this process, one in a child. Prompts of ``--tokens`` are sent as chunks of ``--chunk``
-whose steps are all over; the time is from the first word to the taker's ``Arrived``, the best and
+whose steps are all over; the time is from the first word to the taker's ``KvArrived``, the best and
 the median of ``--runs`` (of fewer where they take long) after one to warm up. The share is of what one copy of a gigabyte
 between the same two devices reaches in this run. A way whose bytes did not all come right has no
 number. The last columns are the CPU time of each process, in ms per gigabyte, and what the device
@@ -33,19 +33,27 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from asyncllm.actors.kv_loop import Mover, Share
-from asyncllm.actors.kv_sender import Sender
-from asyncllm.actors.kv_taker import Door, Taker
-from asyncllm.actors.transport import Keys
+from asyncllm.actors.kv_receiver import KvListener, KvReceiver
+from asyncllm.actors.kv_sender import KvSender
+from asyncllm.actors.kv_thread import KvShard, TransferThread
+from asyncllm.actors.transport import CurveKeys
 from asyncllm.codec import Message
 from asyncllm.core.windows import PerSpace
-from asyncllm.engine.kv_pages import Copied, KvBytes, as_bytes, warm_up
+from asyncllm.engine.kv_pages import KvBytes, QueuedCopy, as_bytes, warm_up
 from asyncllm.engine.kv_pair import gloo_pair, nccl_pair
-from asyncllm.engine.kv_ways import NCCL, P2P, TCP, make_ways
-from asyncllm.messages import Arrived, Computed, Export, Forget, Import, Lapsed, StepOver
+from asyncllm.engine.kv_transports import NCCL, P2P, TCP, make_ways
+from asyncllm.messages import (
+    CancelTransfer,
+    ExportKv,
+    ImportKv,
+    KvArrived,
+    KvComputed,
+    StepFinished,
+    TransferFailed,
+)
 from asyncllm.models.attention import KvPairs
 from asyncllm.models.spec import AttentionSpec
-from asyncllm.records import Destination, KvWire
+from asyncllm.records import KvDestination, KvWireFormat
 from asyncllm.server import signals
 from bench.serve import BenchError
 
@@ -76,15 +84,17 @@ class Side:
         for x in self.tensors if sends else ():
             x.random_(256)
         heads = (tuple(range(args.kv_heads)),)
-        self.wire = KvWire(
+        self.wire = KvWireFormat(
             format="", dtype="bf16", num_layers=args.layers, num_heads=args.kv_heads,
             head_bytes=4 * args.head_dim,
         )  # fmt: skip
         self.kv, self.tokens = KvBytes(kv, layout), tokens
         held = (heads,) * args.layers
-        self.share = Share("bench", 0, self.wire, self.kv, lambda tp: held)
+        self.share = KvShard("bench", 0, self.wire, self.kv, lambda tp: held)
 
-    def mover(self, way: str, pages: tuple[int, int], keys: Keys, *, sends: bool) -> Mover:
+    def mover(
+        self, way: str, pages: tuple[int, int], keys: CurveKeys, *, sends: bool
+    ) -> TransferThread:
         """What moves them by one way, through so many pages of so many tokens."""
         num, size = pages
         mode = P2P if way == P2P else TCP
@@ -92,9 +102,9 @@ class Side:
         ways = replace(ways, names=(way,), backend=nccl_pair if self.cuda else gloo_pair)
         warm_up(made, self.kv, self.tokens - 1)
         if sends:
-            return Sender(self.share, made, ways, keys=[keys])
-        door = Door(keys, "127.0.0.1", 0)
-        return Taker(self.share, made, ways, node=NODE, door=door)
+            return KvSender(self.share, made, ways, keys=[keys])
+        door = KvListener(keys, "127.0.0.1", 0)
+        return KvReceiver(self.share, made, ways, node=NODE, door=door)
 
     def digest(self) -> list[int]:
         """Of each tensor; other bytes, or the same ones elsewhere, have another one."""
@@ -119,7 +129,7 @@ def answer(line: str) -> None:
 
 def say(batch: list[Message]) -> None:
     for msg in batch:
-        if isinstance(msg, Arrived | Lapsed):
+        if isinstance(msg, KvArrived | TransferFailed):
             answer(f"{type(msg).__name__} {msg.rid} {process_time()}")
 
 
@@ -132,12 +142,12 @@ def take(args: argparse.Namespace) -> None:
                 if mover is not None:
                     mover.close()
                 side.clear()
-                mover = side.mover(way, tuple(pages), Keys(public, secret), sends=False)
-                assert isinstance(mover, Taker)
+                mover = side.mover(way, tuple(pages), CurveKeys(public, secret), sends=False)
+                assert isinstance(mover, KvReceiver)
                 mover.start(say, lambda error: answer(f"failed {error!r}"))
                 answer(f"port {mover.port}")
             case [epoch, tokens] if mover is not None:
-                mover.put([Import(epoch, 0, tokens, array("i", range(tokens)))])
+                mover.put([ImportKv(epoch, 0, tokens, array("i", range(tokens)))])
                 answer(f"waits {process_time()}")
             case "digest":
                 answer(json.dumps(side.digest()))
@@ -191,12 +201,12 @@ class Result:
     empty: float
 
 
-def page_times(side: Side, mover: Mover) -> tuple[float, float]:
+def page_times(side: Side, mover: TransferThread) -> tuple[float, float]:
     """Seconds to fill a page, and to empty it; its slots hold the same bytes afterwards."""
     strips, pages = side.kv.whole(), mover.pages
     slots = array("i", range(min(pages.size // strips.width, side.tokens)))
 
-    def rate(copy: Callable[[], Copied]) -> float:
+    def rate(copy: Callable[[], QueuedCopy]) -> float:
         copy().wait()
         begin = perf_counter()
         copied = [copy() for _ in range(PAGE_RUNS)]
@@ -217,7 +227,7 @@ def measure(
     Raises:
         BenchError: not all bytes came right.
     """
-    keys = Keys.make()
+    keys = CurveKeys.make()
     child.tell([way, pages, keys.public, keys.secret])
     mover = side.mover(way, pages, keys, sends=True)
     fill_s, empty_s = page_times(side, mover)
@@ -233,15 +243,15 @@ def measure(
                 there = float(child.hear("waits"))
                 pause.wait(0.01)  # whatever the run before has left to do
                 here, begin = process_time(), perf_counter()
-                to = Destination(
+                to = KvDestination(
                     node=NODE, epoch=epoch, hit=0, length=tokens, addresses=(address,),
                     wire=side.wire,
                 )  # fmt: skip
-                mover.put([Export(epoch, to), *chunks(args, epoch, tokens), StepOver(1)])
+                mover.put([ExportKv(epoch, to), *chunks(args, epoch, tokens), StepFinished(1)])
                 ended = child.hear(f"Arrived {epoch}")
                 took.append(perf_counter() - begin)
                 cpu, cpu_there = cpu + process_time() - here, cpu_there + float(ended) - there
-                mover.put([Forget(epoch)])
+                mover.put([CancelTransfer(epoch)])
             yield Result(tokens, took[1:], cpu / len(took), cpu_there / len(took), fill_s, empty_s)
         child.tell("digest")
         if json.loads(child.hear("")) != side.digest():
@@ -250,11 +260,11 @@ def measure(
         mover.close()
 
 
-def chunks(args: argparse.Namespace, rid: int, tokens: int) -> list[Computed]:
+def chunks(args: argparse.Namespace, rid: int, tokens: int) -> list[KvComputed]:
     """The whole prompt."""
     slots = array("i", range(tokens))
     return [
-        Computed(rid=rid, seq=i, step=1, start=start, slots=slots[start : start + args.chunk])
+        KvComputed(rid=rid, seq=i, step=1, start=start, slots=slots[start : start + args.chunk])
         for i, start in enumerate(range(0, tokens, args.chunk))
     ]
 

@@ -37,8 +37,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from asyncllm.actors.allocator import Allocator
 from asyncllm.actors.base import Actor
 from asyncllm.actors.detokenizer import Detokenizer
-from asyncllm.actors.frontend import Frontend, Limits
-from asyncllm.actors.renderer import Renderer
+from asyncllm.actors.frontend import Frontend, FrontendLimits
+from asyncllm.actors.renderer import TemplateRenderer
 from asyncllm.actors.runner import Runner
 from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.system import ActorSystem
@@ -46,8 +46,8 @@ from asyncllm.actors.tokenizer import Tokenizer
 from asyncllm.api.common.answer import Vocab
 from asyncllm.api.common.request import ServedModel
 from asyncllm.codec import i32
-from asyncllm.core.request import Reason, SamplingParams
-from asyncllm.core.scheduling import Core
+from asyncllm.core.request import FinishReason, SamplingParams
+from asyncllm.core.scheduling import SchedulerCore
 from asyncllm.core.slots import Ledger
 from asyncllm.core.window_slots import WindowLedger
 from asyncllm.core.windows import PerSpace, Window
@@ -55,8 +55,8 @@ from asyncllm.demo import ensure_demo_model
 from asyncllm.environment import cache_dir
 from asyncllm.messages import (
     Abort,
+    EndpointGone,
     Finished,
-    Gone,
     OpenTextStream,
     Started,
     StepDone,
@@ -64,8 +64,8 @@ from asyncllm.messages import (
     Submit,
     Tokens,
 )
-from asyncllm.templates import Chats
-from asyncllm.text import Text, load_tokenizer
+from asyncllm.templates import TemplateSet
+from asyncllm.text import ModelTokenizer, load_tokenizer
 
 ROUNDS = 7
 WORDS = [
@@ -260,12 +260,12 @@ class Pacer(Actor[Any]):
             due += self.step_s
             await asyncio.sleep(max(0.0, due - self.system.loop.time()))
         for rid in self.rids:
-            end = Finished(rid, Reason.LENGTH, num_tokens=self.num_tokens)
+            end = Finished(rid, FinishReason.LENGTH, num_tokens=self.num_tokens)
             self.detokenizer.tell(end)
 
 
 def frontend(
-    args: argparse.Namespace, text: Text, sock: socket.socket
+    args: argparse.Namespace, text: ModelTokenizer, sock: socket.socket
 ) -> tuple[Frontend, asyncio.Event]:
     """It, and what is set when it serves."""
     pieces, opened = text.pieces, asyncio.Event()
@@ -278,19 +278,21 @@ def frontend(
             piece=lambda i: pieces[i], decode=text.decode, spell=text.spell, special=text.special
         ),
         sockets=[sock],
-        limits=Limits(max_running=args.streams, max_waiting=1),
+        limits=FrontendLimits(max_running=args.streams, max_waiting=1),
         on_open=opened.set,
     )  # fmt: skip
     return made, opened
 
 
-async def streams(args: argparse.Namespace, text: Text) -> None:
+async def streams(args: argparse.Namespace, text: ModelTokenizer) -> None:
     system = ActorSystem()
     sock = socket.create_server(("127.0.0.1", 0))
     front, opened = frontend(args, text, sock)
     pieces = text.pieces
     pacer = Pacer(args.streams, args.tokens, args.step_ms / 1e3, len(pieces))
-    tokenizer = Tokenizer(text, Renderer(Chats({}, {})), limit=MAX_LEN, vocab_size=len(pieces))
+    tokenizer = Tokenizer(
+        text, TemplateRenderer(TemplateSet({}, {})), limit=MAX_LEN, vocab_size=len(pieces)
+    )
     for actor in (pacer, Detokenizer(text), tokenizer, front, Quiet("watchdog")):
         system.add(actor)
     running = asyncio.create_task(system.run())
@@ -378,7 +380,7 @@ async def client(args: argparse.Namespace) -> None:
 
 
 class Invented:
-    """A device that makes up its tokens; implements the runner's ``Device`` and ``Pending``."""
+    """A device that makes up its tokens; implements the runner's ``Device`` and ``PendingStep``."""
 
     def __init__(self, step_s: float, num_ids: int) -> None:
         self._step_s, self._num_ids = step_s, num_ids
@@ -412,12 +414,16 @@ class InventedStep:
         return self._done
 
 
-async def requests(args: argparse.Namespace, text: Text, inp: str, profile: bool) -> float:
+async def requests(
+    args: argparse.Namespace, text: ModelTokenizer, inp: str, profile: bool
+) -> float:
     """CPU microseconds per streamed token of whole requests, but the device's."""
     system = ActorSystem()
     sock = socket.create_server(("127.0.0.1", 0))
     front, opened = frontend(args, text, sock)
-    tokenizer = Tokenizer(text, Renderer(Chats({}, {})), limit=MAX_LEN, vocab_size=len(text.pieces))
+    tokenizer = Tokenizer(
+        text, TemplateRenderer(TemplateSet({}, {})), limit=MAX_LEN, vocab_size=len(text.pieces)
+    )
     num_slots = args.streams * 2 * 2048
     scheduler = Scheduler(
         num_lanes=args.streams, num_slots=num_slots, batch_max_tokens=8192,
@@ -464,7 +470,7 @@ class Echo(Actor[Any]):
     def __init__(self, name: str, other: str, burst: int, rounds: int) -> None:
         super().__init__(name)
         self.other, self.burst, self.left = other, burst, rounds
-        self.msg = Gone(0)
+        self.msg = EndpointGone(0)
 
     def started(self) -> None:
         self.ref = self.system.ref(self.other)
@@ -486,7 +492,7 @@ def hops(burst: int, encode: bool) -> float:
         for name, other in (("a", "b"), ("b", "a")):
             system.add(Echo(name, other, burst, rounds))
         for _ in range(burst):
-            system.ref("a").tell(Gone(0))
+            system.ref("a").tell(EndpointGone(0))
         await system.run()
 
     return best(lambda: uvloop.run(play()), per=2 * rounds * burst)
@@ -502,7 +508,7 @@ def scheduling(num_rows: int, size: int | None = None) -> None:
         size: of a window that layers have; None: none has one.
     """
     windows = {} if size is None else {"window": Window(size), "num_sliding": num_rows * 600}
-    core = Core(
+    core = SchedulerCore(
         num_lanes=num_rows, num_slots=num_rows * 600, batch_max_tokens=16384,
         chunked_prefill_size=2048, eos_ids=(2,), **windows,
     )  # fmt: skip
@@ -543,7 +549,7 @@ def scheduling(num_rows: int, size: int | None = None) -> None:
         )
 
 
-def detokenizing(text: Text, num_rows: int) -> None:
+def detokenizing(text: ModelTokenizer, num_rows: int) -> None:
     """One step's tokens to text and to the frontend's mailbox."""
     rng, num_steps = random.Random(0), 100
     rids = array("q", range(num_rows))
@@ -600,7 +606,7 @@ def main() -> None:
         uvloop.run(requests(args, text, inputs[kind], args.profile))
 
 
-def parts(args: argparse.Namespace, text: Text) -> None:
+def parts(args: argparse.Namespace, text: ModelTokenizer) -> None:
     """Everything but whole requests."""
     row("hop, one message", hops(1, False), "us")
     row("hop, bursts of 64, per message", hops(64, False), "us")

@@ -34,11 +34,11 @@ import uvloop
 
 from asyncllm import cli, log
 from asyncllm.actors.base import Actor
-from asyncllm.actors.runner import Pending, Runner
+from asyncllm.actors.runner import PendingStep, Runner
 from asyncllm.actors.system import ActorSystem
 from asyncllm.config import Config
-from asyncllm.constrain.factory import Constraints
-from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.constrain.factory import ConstraintFactory
+from asyncllm.core.request import FinishReason, SamplingParams
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.environment import cache_dir, quiet_libraries
 from asyncllm.errors import StartupError
@@ -134,7 +134,7 @@ class Recorder:
         self._last_end = 0.0
         self.steps: list[StepTime] = []
 
-    def launch(self, plan: StepPlan) -> Pending:
+    def launch(self, plan: StepPlan) -> PendingStep:
         num_rows, num_tokens = len(plan.lanes), len(plan.tokens)
         step = StepTime(num_rows, plan.num_decode, num_tokens, time.perf_counter())
         pending = self._device.launch(plan)
@@ -156,7 +156,7 @@ class Recorder:
 class _Watched:
     """A launched step whose end is noted."""
 
-    def __init__(self, recorder: Recorder, step: StepTime, pending: Pending) -> None:
+    def __init__(self, recorder: Recorder, step: StepTime, pending: PendingStep) -> None:
         self._recorder, self._step, self._pending = recorder, step, pending
         self.gap_ms: float | None = None
 
@@ -195,7 +195,7 @@ class Sink(Actor[Tokens | Finished]):
             record.usage = {"completion_tokens": msg.num_tokens}
             self.num_tokens += msg.num_tokens
             self.cached_len += max(0, msg.cached_len)
-            if msg.reason == Reason.ERROR:
+            if msg.reason == FinishReason.ERROR:
                 self.error = msg.failure.detail if msg.failure else ""
         if not self._open:
             self.ended.set()
@@ -299,7 +299,7 @@ def load(config: Config) -> Loaded:
         parent=0,
     )
     loaded = load_endpoint(boot, spec)
-    loaded.constraints = Constraints(spec.vocab_size, loaded.boot.resolved.eos_ids)
+    loaded.constraints = ConstraintFactory(spec.vocab_size, loaded.boot.resolved.eos_ids)
     return loaded
 
 

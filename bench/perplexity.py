@@ -36,9 +36,9 @@ from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
 from asyncllm.errors import StartupError
 from asyncllm.messages import StepPlan
-from asyncllm.records import Opened
+from asyncllm.records import OpenedLane
 from asyncllm.server.loading import Loaded, memory_plan
-from asyncllm.text import Text
+from asyncllm.text import ModelTokenizer
 from bench.offline import engine_config, load
 
 STORED = "stored"  # no --quant_type
@@ -122,7 +122,7 @@ class Feed:
             new = list(lane.ids[head : head + count]) or [-1]
             if first:
                 known = lane.ids if lane.params.prompt_logprobs >= 0 else []
-                opened.append(Opened(lane.number, len(lane.ids), lane.params, i32(known)))
+                opened.append(OpenedLane(lane.number, len(lane.ids), lane.params, i32(known)))
             if self._used + len(new) > self._room:
                 raise StartupError(f"{self._room:,} slots are too few: raise --max_total_token_num")
             mine = list(range(self._used, self._used + len(new)))
@@ -188,7 +188,7 @@ def answer(
     return [lane.outputs for lane in lanes], len(lanes) * (num - 1) / spent
 
 
-def questions(text: Text) -> list[list[int]]:
+def questions(text: ModelTokenizer) -> list[list[int]]:
     """Ids of ``QUESTIONS``, as chats where the model knows what a chat is."""
     prompts, add = list(QUESTIONS), True
     if text.templates:

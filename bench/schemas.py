@@ -11,14 +11,14 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from asyncllm.constrain.llguidance_backend import Grammars
+from asyncllm.constrain.llguidance_backend import GrammarEngine
 from asyncllm.errors import RequestError
 
 SUITE = Path(__file__).parents[1] / "tests/data/json_schema_suite.json"
 
 
 def main() -> None:
-    grammars = Grammars([*(bytes([byte]) for byte in range(256)), b""], 257, (256,))
+    grammars = GrammarEngine([*(bytes([byte]) for byte in range(256)), b""], 257, (256,))
     accepted: Counter[str] = Counter()
     every: Counter[str] = Counter()
     for keyword, _, schema, *_ in json.loads(SUITE.read_text()):

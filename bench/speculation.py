@@ -38,13 +38,13 @@ if __name__ == "__main__":
 import uvloop
 
 from asyncllm.actors.base import Actor
-from asyncllm.actors.runner import Pending, Runner
+from asyncllm.actors.runner import PendingStep, Runner
 from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.system import ActorSystem
 from asyncllm.api.parsing.output_parser import dialect_of
-from asyncllm.constrain.factory import Constraints
-from asyncllm.constrain.llguidance_backend import Grammars
-from asyncllm.core.lookup import Lookup
+from asyncllm.constrain.factory import ConstraintFactory
+from asyncllm.constrain.llguidance_backend import GrammarEngine
+from asyncllm.core.ngram_lookup import NgramLookup
 from asyncllm.core.request import SamplingParams
 from asyncllm.core.speculation import Speculation
 from asyncllm.engine.device import CpuDevice, CudaDevice
@@ -54,7 +54,7 @@ from asyncllm.hub import resolve_model_dir
 from asyncllm.messages import Finished, StepDone, StepPlan, Submit, Tokens
 from asyncllm.server.assembly import make_allocator, make_scheduler
 from asyncllm.server.loading import Loaded, load_grammars
-from asyncllm.text import Text, load_tokenizer
+from asyncllm.text import ModelTokenizer, load_tokenizer
 from bench.offline import engine_config, load
 
 EDITS = Path(__file__).with_name("edits.jsonl")
@@ -118,7 +118,7 @@ class Scripted:
         self.answers: list[array[int]] = []  # by seed; none: the model's own
         self.steps = self.turns = 0
 
-    def launch(self, plan: StepPlan) -> Pending:
+    def launch(self, plan: StepPlan) -> PendingStep:
         for opened in plan.opened if self.answers else ():
             self._lanes[opened.lane] = opened.prompt_len, self.answers[opened.params.seed]
         pending = self._device.launch(plan)
@@ -145,7 +145,7 @@ class Scripted:
 class _Replaced:
     """A launched step whose tokens will be replaced."""
 
-    def __init__(self, script: Scripted, plan: StepPlan, pending: Pending) -> None:
+    def __init__(self, script: Scripted, plan: StepPlan, pending: PendingStep) -> None:
         self._script, self._plan, self._pending = script, plan, pending
         self.gap_ms: float | None = None
 
@@ -192,10 +192,10 @@ class Asker(Actor[Tokens | Finished]):
 class Bench:
     """A loaded engine, without HTTP."""
 
-    def __init__(self, loaded: Loaded, grammars: Grammars) -> None:
+    def __init__(self, loaded: Loaded, grammars: GrammarEngine) -> None:
         assert loaded.device is not None
         sizes = loaded.spec.vocab_size, loaded.boot.resolved.eos_ids
-        loaded.constraints = Constraints(*sizes, grammars.constrain)
+        loaded.constraints = ConstraintFactory(*sizes, grammars.constrain)
         self._device, self._asker = Scripted(loaded.device), Asker()
         self._system = ActorSystem()
         scheduler = make_scheduler(loaded)
@@ -276,11 +276,13 @@ def pieces(text: str) -> array[int]:
     return array("i", (crc32(piece.encode()) % 30000 for piece in PIECE.findall(text)))
 
 
-def _encoded(tokenizer: Text, text: str) -> array[int]:
+def _encoded(tokenizer: ModelTokenizer, text: str) -> array[int]:
     return array("i", tokenizer.encode(text, False))
 
 
-def structured(tokenizer: Text, grammars: Grammars, a: argparse.Namespace) -> list[Asked]:
+def structured(
+    tokenizer: ModelTokenizer, grammars: GrammarEngine, a: argparse.Namespace
+) -> list[Asked]:
     """Prompts and answers by schemas, which are compiled here."""
     out = []
     for each in map(json.loads, STRUCTURED.read_text().splitlines()[: a.n]):
@@ -294,7 +296,9 @@ def structured(tokenizer: Text, grammars: Grammars, a: argparse.Namespace) -> li
     return out
 
 
-def texts(tokenizer: Text, grammars: Grammars, a: argparse.Namespace) -> dict[str, list[Asked]]:
+def texts(
+    tokenizer: ModelTokenizer, grammars: GrammarEngine, a: argparse.Namespace
+) -> dict[str, list[Asked]]:
     """Prompts and answers; any text will do, so other models' marks do."""
     ids: Callable[[str], array[int]] = partial(_encoded, tokenizer) if a.own else pieces
     edits = [json.loads(line) for line in EDITS.read_text().splitlines()][: a.n]
@@ -345,7 +349,7 @@ def alone(asked: Sequence[Asked], outputs: Sequence[Sequence[int]], most: int) -
     for least in (0.1, 0.3, 0.5):
         steps = tokens = 0
         for one, output in zip(asked, outputs, strict=True):
-            lookup, i = Lookup(one.prompt, len(one.prompt) + len(output)), 1
+            lookup, i = NgramLookup(one.prompt, len(one.prompt) + len(output)), 1
             lookup.read(len(one.prompt))
             lookup.push(output[0])
             while i < len(output):

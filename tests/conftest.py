@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from asyncllm.actors.transport import Keys, Wire
+from asyncllm.actors.transport import CurveKeys, TransportSettings
 from asyncllm.demo import ensure_demo_model
 from asyncllm.environment import cache_dir
 from bench.mkmodel import write_model
@@ -62,14 +62,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
 
 @pytest.fixture
-def wires(tmp_path: Path) -> Callable[[int], list[Wire]]:
+def wires(tmp_path: Path) -> Callable[[int], list[TransportSettings]]:
     """How each of ``n`` processes talks to the others, in a folder of this test."""
-    keys = Keys.make()
+    keys = CurveKeys.make()
 
-    def make(n: int) -> list[Wire]:
+    def make(n: int) -> list[TransportSettings]:
         addresses = {i: f"ipc://{tmp_path}/{i}" for i in range(n)}
         return [
-            Wire(addresses[i], keys, {j: a for j, a in addresses.items() if j != i})
+            TransportSettings(addresses[i], keys, {j: a for j, a in addresses.items() if j != i})
             for i in range(n)
         ]
 

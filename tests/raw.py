@@ -10,7 +10,7 @@ from typing import Self
 
 import zmq
 
-from asyncllm.actors.transport import Keys, ipv6
+from asyncllm.actors.transport import CurveKeys, ipv6
 
 LIMIT_MS = 20_000
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01CURVE" + bytes(47)  # how ZMTP 3.1 begins
@@ -41,7 +41,7 @@ class Sockets:
 
 @contextmanager
 def raw(
-    address: str, keys: Keys | None, kind: int = zmq.PUSH, linger_ms: int = 0
+    address: str, keys: CurveKeys | None, kind: int = zmq.PUSH, linger_ms: int = 0
 ) -> Iterator[zmq.Socket[bytes]]:
     """A socket connected to ``address`` under ``keys``, which may be wrong ones or None.
 
@@ -69,7 +69,7 @@ def offer(sock: zmq.Socket[bytes], *frames: bytes) -> bool:
     return True
 
 
-def push(address: str, keys: Keys, messages: Sequence[bytes]) -> None:
+def push(address: str, keys: CurveKeys, messages: Sequence[bytes]) -> None:
     """Send these as one of the server's own processes."""
     with raw(address, keys, linger_ms=LIMIT_MS) as sock:
         for message in messages:

@@ -14,7 +14,7 @@ from asyncllm import rank
 from asyncllm.config import Config
 from asyncllm.errors import StartupError
 from asyncllm.models.spec import ModelSpec
-from asyncllm.text import Text, load_tokenizer
+from asyncllm.text import ModelTokenizer, load_tokenizer
 
 START, END = "<|im_start|>", "<|im_end|>"
 CHAT = f"{START}user\nhi{END} <s> </s>a > b {START}x {END}"
@@ -160,5 +160,5 @@ def test_ends_of_all_files(
     assert resolved.eos_ids == want
 
 
-def load(folder: Path, config: dict[str, Any], model: ModelSpec) -> Text:
+def load(folder: Path, config: dict[str, Any], model: ModelSpec) -> ModelTokenizer:
     return load_tokenizer(str(save(folder, config)), vocab_size=model.vocab_size)

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncllm.codec import CodecError, decode, encode, i32, i64, message
-from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.core.request import FinishReason, SamplingParams
 from asyncllm.messages import (
     Abort,
-    Compile,
+    CompileGrammar,
     Drain,
+    EndpointGone,
     Finished,
-    Gone,
     Halt,
     RequestServed,
     StepPlan,
@@ -27,7 +27,7 @@ from asyncllm.messages import (
     Submit,
     Tokens,
 )
-from asyncllm.records import Answered, Failure, Logprobs
+from asyncllm.records import AnsweredRequest, Failure, Logprobs
 
 
 def test_round_trip_keeps_values_and_types() -> None:
@@ -87,14 +87,14 @@ def test_only_registered_types_are_encoded() -> None:
 
 def test_what_could_not_be_encoded_leaves_nothing_behind() -> None:
     with pytest.raises(TypeError, match="object cannot be a field"):
-        encode(Finished(1, Reason.STOP, object()))  # type: ignore[arg-type]
-    assert decode(encode(Gone(2))) == Gone(2)
+        encode(Finished(1, FinishReason.STOP, object()))  # type: ignore[arg-type]
+    assert decode(encode(EndpointGone(2))) == EndpointGone(2)
 
 
 def test_a_taken_tag_is_refused() -> None:
     with pytest.raises(ValueError, match=r"tag 38 is taken by Gone"):
         message(38)(type("Other", (), {}))
-    assert decode(encode(Gone(2))) == Gone(2)
+    assert decode(encode(EndpointGone(2))) == EndpointGone(2)
 
 
 def test_a_tag_out_of_range_is_refused() -> None:
@@ -134,7 +134,7 @@ GOOD = StepPlan(
 )  # fmt: skip
 TWO = Logprobs(1, array("f", [-1, -2]), i32([1, 2]), array("f", [-1, -2]))
 TOKENS = Tokens(1, i64([5, 6]), i32([1, 2]), b"\0\1", TWO, ((5, TWO),))
-ANSWERED = Answered("/", 200, 1, 2, "stop", 0.1, -1, 2)
+ANSWERED = AnsweredRequest("/", 200, 1, 2, "stop", 0.1, -1, 2)
 
 
 @pytest.mark.parametrize(
@@ -147,19 +147,19 @@ def test_whole_messages_pass(msg: object) -> None:
 @pytest.mark.parametrize(
     "msg",
     [
-        Gone("1"),  # type: ignore[arg-type]
-        Gone(True),
-        Gone(1.0),  # type: ignore[arg-type]
+        EndpointGone("1"),  # type: ignore[arg-type]
+        EndpointGone(True),
+        EndpointGone(1.0),  # type: ignore[arg-type]
         Drain("soon"),  # type: ignore[arg-type]
         Abort(-1),
         Abort(1 << 63),
         StopHit(1, -1),
         Finished(1, 9),  # type: ignore[arg-type]
-        Finished(1, Reason.ERROR),
-        Finished(1, Reason.ERROR, Failure("no", status=0)),
-        Finished(1, Reason.STOP, Failure("no")),
-        Finished(1, Reason.ERROR, ("no",)),  # type: ignore[arg-type]
-        Compile(1, 1, "prose", ""),
+        Finished(1, FinishReason.ERROR),
+        Finished(1, FinishReason.ERROR, Failure("no", status=0)),
+        Finished(1, FinishReason.STOP, Failure("no")),
+        Finished(1, FinishReason.ERROR, ("no",)),  # type: ignore[arg-type]
+        CompileGrammar(1, 1, "prose", ""),
         RequestServed((replace(ANSWERED, status=99),)),
         RequestServed((replace(ANSWERED, prompt_len=-1),)),
         RequestServed((replace(ANSWERED, ttft_s=float("nan")),)),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from asyncllm.config import FLAGS, Config, Resolved, resolve_limits, roles
+from asyncllm.config import FLAGS, Config, ResolvedConfig, resolve_limits, roles
 from asyncllm.environment import (
     cache_dir,
     child_environment,
@@ -114,7 +114,7 @@ OURS: dict[str, Any] = {
 }
 
 
-def resolve(config: Config, **changes: Any) -> Resolved:
+def resolve(config: Config, **changes: Any) -> ResolvedConfig:
     facts: dict[str, Any] = {
         "device": "cpu",
         "checkpoint_dtype": "bfloat16",

@@ -24,8 +24,8 @@ from asyncllm.api.parsing.events import Tool
 from asyncllm.api.parsing.output_parser import dialect_of
 from asyncllm.control_tokens import ControlTokens
 from asyncllm.errors import StartupError
-from asyncllm.templates import Chats, mixes
-from asyncllm.text import Text, load_tokenizer, with_controls
+from asyncllm.templates import TemplateSet, mixes
+from asyncllm.text import ModelTokenizer, load_tokenizer, with_controls
 
 REAL = json.loads((Path(__file__).parent / "data" / "chat_templates.json").read_text())
 MARKS = re.compile(
@@ -43,7 +43,7 @@ def controls_of(model: dict[str, Any]) -> list[str]:
     return sorted(found)
 
 
-def saved(folder: Path, tokenizer: Tokenizer, model: dict[str, Any]) -> Text:
+def saved(folder: Path, tokenizer: Tokenizer, model: dict[str, Any]) -> ModelTokenizer:
     """The tokenizer as a folder's, with the model's chat template."""
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {**model["special"], "chat_template": model["template"]}
@@ -78,7 +78,7 @@ def unigram(added: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def ids(text: Text, *turns: dict[str, Any], tools: list[Any] | None = None) -> list[int]:
+def ids(text: ModelTokenizer, *turns: dict[str, Any], tools: list[Any] | None = None) -> list[int]:
     """Of a chat, as the helper and the tokenizer's thread make them."""
     chat = json.dumps({"messages": turns, "tools": tools, "kwargs": {}}).encode()
     template = ChatTemplate(text.templates, text.special_tokens)
@@ -258,7 +258,7 @@ def test_templates_that_lose_marks_are_found(template: str, lost: bool) -> None:
     controls = ControlTokens({"<s>": False})
     assert mixes(ChatTemplate({"default": template}, {}), controls) == lost
     # and so they are told to the start
-    told = templates.read_dialect(Chats({"default": template}, {}, controls))
+    told = templates.read_dialect(TemplateSet({"default": template}, {}, controls))
     assert told[1] == lost
 
 

@@ -184,7 +184,7 @@ def test_what_comes_often_is_one_line_a_minute_with_a_count(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     now = 5.0
-    seldom = log.Seldom(logging.getLogger("asyncllm.x"), lambda: now)
+    seldom = log.RateLimitedLog(logging.getLogger("asyncllm.x"), lambda: now)
     for i in range(100):
         seldom.warning("frame %d", i)
     now += 59.0

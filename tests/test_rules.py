@@ -69,10 +69,12 @@ BANNED_METHODS = {  # all of them pickle
 BROAD_ALLOWED = {  # supervision: whatever an actor, a step or a request raises ends in one place
     "actors/base.py": {"Exception"},
     "actors/system.py": {"Exception"},
-    "actors/kv_loop.py": {"BaseException"},
+    "actors/kv_thread.py": {"BaseException"},
     "actors/runner.py": {"BaseException"},
     "actors/http.py": {"Exception"},
-    "engine/ahead.py": {"Exception"},  # in its process: whatever compiling one kernel raises
+    "engine/kernel_recording.py": {
+        "Exception"
+    },  # in its process: whatever compiling one kernel raises
     "models/unpickle.py": {"Exception"},  # in its process: whatever a file makes torch raise
 }
 # where a pickle is read: in a process of its own, by what runs nothing

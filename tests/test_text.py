@@ -26,7 +26,7 @@ from tokenizers import (
 from asyncllm.api.common.answer import Vocab
 from asyncllm.api.common.chat_template import ChatTemplate, variables
 from asyncllm.errors import RequestError, StartupError
-from asyncllm.text import Text, load_tokenizer
+from asyncllm.text import ModelTokenizer, load_tokenizer
 
 HELLO = "1 9690 198 2683 359 253 5356 5646 11173 3365 3511 308 34519 28 7018 411 407 19712 8182 2 198 1 4093 198 28120 905 2 198 1 520 9531 198"
 
@@ -60,11 +60,13 @@ def save(folder: Path, tokenizer: Tokenizer, config: dict[str, Any] | None = Non
     return folder
 
 
-def load(folder: Path, tokenizer: Tokenizer, config: dict[str, Any] | None = None) -> Text:
+def load(
+    folder: Path, tokenizer: Tokenizer, config: dict[str, Any] | None = None
+) -> ModelTokenizer:
     return load_tokenizer(str(save(folder, tokenizer, config)))
 
 
-def streamed(text: Text, ids: list[int], skip: bool) -> str:
+def streamed(text: ModelTokenizer, ids: list[int], skip: bool) -> str:
     stream = text.stream(skip_special_tokens=skip)
     return "".join([*(stream.push(i) for i in ids), stream.flush()])
 
@@ -455,27 +457,27 @@ def test_slow_mode_without_a_slow_tokenizer_is_a_warning_and_the_fast_one(
 
 
 @pytest.fixture(scope="module")
-def demo(demo_dir: Path) -> Text:
+def demo(demo_dir: Path) -> ModelTokenizer:
     return load_tokenizer(str(demo_dir))
 
 
-def test_embedded_model_splits_digits(demo: Text) -> None:
+def test_embedded_model_splits_digits(demo: ModelTokenizer) -> None:
     assert len(demo.encode("    12", True)) == 3
     assert (demo.bos_id, demo.eos_id, demo.vocab_size) == (1, 2, 49152)
     assert demo.special == frozenset(range(17))
 
 
-def test_embedded_model_renders_its_chat(demo: Text) -> None:
+def test_embedded_model_renders_its_chat(demo: ModelTokenizer) -> None:
     template = ChatTemplate(demo.templates, demo.special_tokens)
     prompt = template.render({"messages": [{"role": "user", "content": "hello world"}]})
     assert " ".join(map(str, demo.encode(prompt, False))) == HELLO
 
 
-def test_embedded_model_has_bytes_that_vanish(demo: Text) -> None:
+def test_embedded_model_has_bytes_that_vanish(demo: ModelTokenizer) -> None:
     assert not demo.encode("\x04\x06", True)
 
 
-def test_embedded_model_streams_what_it_decodes(demo: Text) -> None:
+def test_embedded_model_streams_what_it_decodes(demo: ModelTokenizer) -> None:
     said = "Zürich 你好 👨‍👩‍👧‍👦 1234  x\n\n\tdef f():"
     ids = list(demo.encode(said, False))
     assert streamed(demo, ids, True) == said

@@ -217,11 +217,11 @@ def test_options_count_unless_they_are_those_of_a_node() -> None:
 
 
 def test_the_protocol_changes_with_any_field(monkeypatch: pytest.MonkeyPatch) -> None:
-    from asyncllm.messages import Gone
+    from asyncllm.messages import EndpointGone
 
     before = protocol()
     assert protocol() == before
-    field = Gone.__dataclass_fields__["endpoint"]  # type: ignore[attr-defined]
+    field = EndpointGone.__dataclass_fields__["endpoint"]  # type: ignore[attr-defined]
     monkeypatch.setattr(field, "type", "str")
     assert protocol() != before
 

@@ -15,30 +15,30 @@ from typing import assert_never
 
 from asyncllm.actors.base import Actor
 from asyncllm.actors.channel import Channel
-from asyncllm.actors.finding import Search
-from asyncllm.actors.peers import PeerJoined, PeerLeft, PeerRefused, Received
+from asyncllm.actors.peer_connector import PeerConnector
+from asyncllm.actors.peer_messages import PeerJoined, PeerLeft, PeerMessage, PeerRefused
 from asyncllm.codec import INT32, INT64, Message
-from asyncllm.core.choosing import DECODE
-from asyncllm.core.directing import SHUTTING_DOWN
-from asyncllm.core.request import Reason
+from asyncllm.core.node_selection import DECODE
+from asyncllm.core.request import FinishReason
+from asyncllm.core.request_director import SHUTTING_DOWN
 from asyncllm.errors import StartupError
 from asyncllm.messages import (
     FRONTEND_SHIFT,
     Abort,
     AskServing,
-    Begin,
-    Compile,
-    Compiled,
-    Decode,
+    BeginDecode,
+    CompileGrammar,
+    DecodeRequest,
+    DecodeReserved,
     Drain,
     Drained,
     Finished,
-    Listening,
-    Masters,
+    GrammarReady,
+    ImportPlaced,
+    KvListening,
+    MasterList,
     NodeState,
-    Placed,
-    Prefill,
-    Reserved,
+    PrefillRequest,
     Scrape,
     Scraped,
     Serving,
@@ -47,7 +47,7 @@ from asyncllm.messages import (
     Submit,
     Tokens,
 )
-from asyncllm.records import Destination, Failure
+from asyncllm.records import Failure, KvDestination
 
 STATE_S = 0.5  # between two states sent to masters
 WHAT = "the pd_master (--pd_master_ip, --pd_master_port)"
@@ -55,19 +55,19 @@ WHAT = "the pd_master (--pd_master_ip, --pd_master_port)"
 log = logging.getLogger(__name__)
 
 
-Asked = Prefill | Decode
+Asked = PrefillRequest | DecodeRequest
 Inbox = (
-    Received
+    PeerMessage
     | PeerJoined
     | PeerLeft
     | PeerRefused
-    | Masters
+    | MasterList
     | Tokens
     | Finished
-    | Placed
-    | Listening
+    | ImportPlaced
+    | KvListening
     | Started
-    | Compiled
+    | GrammarReady
     | Scraped
     | AskServing
     | Drain
@@ -95,8 +95,8 @@ class Agent(Actor[Inbox]):
     """
 
     capacity = 65536
-    remote = frozenset({Tokens, Finished, Placed, Listening, Compiled, AskServing})
-    foreign = frozenset({Prefill, Decode, Begin, Abort, StopHit})
+    remote = frozenset({Tokens, Finished, ImportPlaced, KvListening, GrammarReady, AskServing})
+    foreign = frozenset({PrefillRequest, DecodeRequest, BeginDecode, Abort, StopHit})
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class Agent(Actor[Inbox]):
         super().__init__("agent")
         self._channel = channel
         self._vocab_size, self._max_len = vocab_size, max_len
-        self._searches = [Search(channel, master, WHAT, self.spawn) for master in masters]
+        self._searches = [PeerConnector(channel, master, WHAT, self.spawn) for master in masters]
         self._listed: frozenset[tuple[str, int]] = frozenset()  # channels listed by the guide
         self._dialled: set[str] = set()  # those of them that we connect to
         self._refusing: set[str] = set()  # masters that refuse us
@@ -118,7 +118,7 @@ class Agent(Actor[Inbox]):
         self._tasks: dict[int, _Task] = {}  # by rid
         self._tickets: dict[tuple[int, int], _Task] = {}  # by master and ticket
         self._counter = 0
-        self._doors: dict[int, Listening] = {}  # of kv_transfer, by rank's endpoint
+        self._doors: dict[int, KvListening] = {}  # of kv_transfer, by rank's endpoint
         self._asking: set[int] = set()  # endpoints that asked whether there is a master
         self._draining = self._drained = False
         self._timer: asyncio.TimerHandle | None = None
@@ -143,15 +143,15 @@ class Agent(Actor[Inbox]):
     def receive(self, batch: list[Inbox]) -> None:
         for msg in batch:
             match msg:
-                case Received(peer, told):
+                case PeerMessage(peer, told):
                     self._told(peer, told)
                 case Tokens():
                     self._tokens(msg)
                 case Finished():
                     self._finished(msg)
-                case Placed():
+                case ImportPlaced():
                     self._placed(msg)
-                case Compiled():
+                case GrammarReady():
                     self._compiled(msg)
                 case PeerJoined(peer, _, where):
                     self._joined(peer, where)
@@ -159,13 +159,13 @@ class Agent(Actor[Inbox]):
                     self._left(peer)
                 case PeerRefused(where, why):
                     self._refused(where, why)
-                case Masters(masters):
+                case MasterList(masters):
                     self._listed = frozenset((each.host, each.port) for each in masters)
                     self._follow()
                 case Started():
                     self._complete = True
                     self._look_for_masters()
-                case Listening():
+                case KvListening():
                     self._doors[msg.endpoint] = msg
                     self._look_for_masters()
                 case Scraped():
@@ -184,7 +184,7 @@ class Agent(Actor[Inbox]):
 
     def possible(self, msg: Inbox) -> bool:
         """Whether a master's request is within the limits that the master has checked."""
-        if isinstance(msg, Received) and isinstance(msg.msg, Prefill | Decode):
+        if isinstance(msg, PeerMessage) and isinstance(msg.msg, PrefillRequest | DecodeRequest):
             return self._submit_of(0, msg.msg).fits(self._vocab_size, self._max_len)
         return True
 
@@ -280,11 +280,11 @@ class Agent(Actor[Inbox]):
         if peer not in self._peers:
             return  # sent before it left
         match told:
-            case Prefill() | Decode():
+            case PrefillRequest() | DecodeRequest():
                 self._take(peer, told)
-            case Begin(ticket, token):
+            case BeginDecode(ticket, token):
                 if (task := self._tickets.get((peer, ticket))) is not None and not task.over:
-                    self._scheduler.tell(Begin(task.rid, token), urgent=True)
+                    self._scheduler.tell(BeginDecode(task.rid, token), urgent=True)
             case Abort(ticket):
                 if (task := self._tickets.get((peer, ticket))) is not None:
                     self._abort(task)
@@ -309,7 +309,7 @@ class Agent(Actor[Inbox]):
         )
         if self._draining:
             failure = Failure("the node is shutting down", SHUTTING_DOWN, 503)
-            self._to_master(peer, Finished(msg.ticket, Reason.ERROR, failure))
+            self._to_master(peer, Finished(msg.ticket, FinishReason.ERROR, failure))
             return
         self._counter += 1
         rid = (self.system.endpoint << FRONTEND_SHIFT) + self._counter
@@ -320,16 +320,18 @@ class Agent(Actor[Inbox]):
         kind, text = msg.params.grammar
         task.compiling = self._num_grammars  # any group may get the request
         self._grammar.tell(
-            Compile(endpoint=self.system.endpoint, job=rid, kind=kind, text=text, client=msg.client)
+            CompileGrammar(
+                endpoint=self.system.endpoint, job=rid, kind=kind, text=text, client=msg.client
+            )
         )
 
-    def _compiled(self, msg: Compiled) -> None:
+    def _compiled(self, msg: GrammarReady) -> None:
         if (task := self._tasks.get(msg.job)) is None or not task.compiling:
             return
         task.compiling -= 1
         if msg.failure is not None:
             self._forget(task)
-            self._to_master(task.peer, Finished(task.msg.ticket, Reason.ERROR, msg.failure))
+            self._to_master(task.peer, Finished(task.msg.ticket, FinishReason.ERROR, msg.failure))
         elif not task.compiling:
             self._submit(task)
 
@@ -345,18 +347,18 @@ class Agent(Actor[Inbox]):
             healed=msg.healed,
             client=msg.client,
             outputs=msg.outputs,
-            imports=isinstance(msg, Decode),
-            exports=msg.to if isinstance(msg, Prefill) else None,
-            prediction=msg.prediction if isinstance(msg, Decode) else array(INT32),
+            imports=isinstance(msg, DecodeRequest),
+            exports=msg.to if isinstance(msg, PrefillRequest) else None,
+            prediction=msg.prediction if isinstance(msg, DecodeRequest) else array(INT32),
         )
 
-    def _placed(self, msg: Placed) -> None:
+    def _placed(self, msg: ImportPlaced) -> None:
         """The request has its slots: its K/V may be sent to the ranks of its group."""
         if (task := self._tasks.get(msg.rid)) is None:
             return
         topology = self.system.topology
         doors = [self._doors[rank.id] for rank in topology.group(topology[msg.leader].group)]
-        to = Destination(
+        to = KvDestination(
             node=self._channel.card.incarnation,
             epoch=msg.rid,
             hit=msg.hit,
@@ -364,7 +366,7 @@ class Agent(Actor[Inbox]):
             addresses=tuple(door.address for door in doors),
             wire=doors[0].wire,
         )
-        self._to_master(task.peer, Reserved(task.msg.ticket, to))
+        self._to_master(task.peer, DecodeReserved(task.msg.ticket, to))
 
     def _abort(self, task: _Task) -> None:
         self._forget(task)
@@ -416,7 +418,7 @@ class Agent(Actor[Inbox]):
     def _finished(self, msg: Finished) -> None:
         if (task := self._tasks.get(msg.rid)) is None:
             return
-        if msg.reason is Reason.MOVED:
+        if msg.reason is FinishReason.MOVED:
             task.over = True  # the master reports when its K/V have been received
         else:
             self._forget(task)

@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import assert_never
 
 from asyncllm.actors.base import Actor
-from asyncllm.core.siblings import Siblings
+from asyncllm.core.shared_prefixes import SharedPrefixIndex
 from asyncllm.core.slots import Ledger
 from asyncllm.core.window_slots import WindowLedger
 from asyncllm.core.windows import PerSpace, Window
-from asyncllm.messages import AllocatorStats, Probe, Release, Reserve
+from asyncllm.messages import AllocatorStats, Probe, ReleaseSlots, ReserveSlots
 
 
-class Allocator(Actor[Reserve | Release | Probe]):
+class Allocator(Actor[ReserveSlots | ReleaseSlots | Probe]):
     """One per KV pool, beside its scheduler.
 
     Args:
@@ -38,7 +38,7 @@ class Allocator(Actor[Reserve | Release | Probe]):
         siblings: bool = False,
     ) -> None:
         super().__init__("allocator")
-        known = Siblings() if siblings else None
+        known = SharedPrefixIndex() if siblings else None
         self.ledger = Ledger(num_slots, use_tree=use_tree, siblings=known)
         if window is not None:
             num = PerSpace(num_slots, num_sliding)
@@ -48,12 +48,12 @@ class Allocator(Actor[Reserve | Release | Probe]):
         self._scheduler = self.system.ref("scheduler")
         self._watchdog = self.system.at_coordinator("watchdog")
 
-    def receive(self, batch: list[Reserve | Release | Probe]) -> None:
+    def receive(self, batch: list[ReserveSlots | ReleaseSlots | Probe]) -> None:
         for msg in batch:
             match msg:
-                case Reserve():
+                case ReserveSlots():
                     self._reserve(msg)
-                case Release(items, launched):
+                case ReleaseSlots(items, launched):
                     self.ledger.launched(launched)
                     for lane, generated in items:
                         self.ledger.release(lane, generated)
@@ -62,7 +62,7 @@ class Allocator(Actor[Reserve | Release | Probe]):
                 case _:
                     assert_never(msg)
 
-    def _reserve(self, msg: Reserve) -> None:
+    def _reserve(self, msg: ReserveSlots) -> None:
         ledger = self.ledger
         ledger.launched(msg.launched)
         for lane, num in msg.trimmed:

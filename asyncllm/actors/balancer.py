@@ -13,24 +13,34 @@ from typing import assert_never
 from asyncllm.actors.base import Actor, Ref
 from asyncllm.codec import INT64
 from asyncllm.core import balancing
-from asyncllm.core.request import Reason
+from asyncllm.core.request import FinishReason
 from asyncllm.messages import (
     FRONTEND_SHIFT,
     MAX_COUNT,
     Abort,
-    Again,
-    Begin,
-    Compile,
+    BeginDecode,
+    CompileGrammar,
+    EndpointGone,
     Finished,
-    Gone,
-    GroupGone,
-    Orphaned,
-    Progress,
+    GroupProgress,
+    GroupRemoved,
+    RequestsOrphaned,
+    ResubmitRequests,
     StopHit,
     Submit,
 )
 
-Inbox = Submit | Abort | StopHit | Begin | Compile | Progress | Gone | GroupGone | Again
+Inbox = (
+    Submit
+    | Abort
+    | StopHit
+    | BeginDecode
+    | CompileGrammar
+    | GroupProgress
+    | EndpointGone
+    | GroupRemoved
+    | ResubmitRequests
+)
 
 
 class Balancer(Actor[Inbox]):
@@ -46,7 +56,9 @@ class Balancer(Actor[Inbox]):
             has done already.
     """
 
-    remote = frozenset({Submit, Abort, StopHit, Begin, Compile, Progress, Again})
+    remote = frozenset(
+        {Submit, Abort, StopHit, BeginDecode, CompileGrammar, GroupProgress, ResubmitRequests}
+    )
 
     def __init__(
         self,
@@ -79,27 +91,27 @@ class Balancer(Actor[Inbox]):
             match msg:
                 case Submit():
                     self._submit(msg)
-                case Abort() | StopHit() | Begin():
+                case Abort() | StopHit() | BeginDecode():
                     if (group := self.core.group_of(msg.rid)) is not None:
                         self._schedulers[group].tell(msg, urgent=True)
                     elif isinstance(msg, Abort) and msg.rid in self._orphans:
                         del self._orphans[msg.rid]
-                        self._detokenizer(msg.rid).tell(Finished(msg.rid, Reason.ABORT))
-                case Compile():  # any group may get a request with it
+                        self._detokenizer(msg.rid).tell(Finished(msg.rid, FinishReason.ABORT))
+                case CompileGrammar():  # any group may get a request with it
                     for leader in self._group_of:
                         self.system.ref("grammar", leader).tell(msg)
-                case Progress(leader, begun, ended):
+                case GroupProgress(leader, begun, ended):
                     if leader in self._group_of:
                         self.core.began(begun)
                         self._ended(ended)
-                case Gone(endpoint):
+                case EndpointGone(endpoint):
                     self._gone.add(endpoint)
                     # the watchdog tells the schedulers, which do not report it
                     theirs = [*self.core.rids, *self._orphans]
                     self._ended([rid for rid in theirs if rid >> FRONTEND_SHIFT == endpoint])
-                case GroupGone(_, endpoint, why):
+                case GroupRemoved(_, endpoint, why):
                     self._lose(self._group_of.pop(endpoint), why)
-                case Again(rids, over):
+                case ResubmitRequests(rids, over):
                     self._ended(over)
                     for rid in rids:
                         if (submit := self._orphans.pop(rid, None)) is not None:
@@ -137,7 +149,7 @@ class Balancer(Actor[Inbox]):
         self._orphans |= orphans
         for endpoint in sorted({rid >> FRONTEND_SHIFT for rid in orphans}):
             rids = array(INT64, [rid for rid in orphans if rid >> FRONTEND_SHIFT == endpoint])
-            self._detokenizer(rids[0]).tell(Orphaned(rids, why))
+            self._detokenizer(rids[0]).tell(RequestsOrphaned(rids, why))
 
     def _detokenizer(self, rid: int) -> Ref:
         return self.system.ref("detokenizer", rid >> FRONTEND_SHIFT)

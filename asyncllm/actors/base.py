@@ -57,7 +57,7 @@ class Actor(Generic[M]):
         remote: message types that it accepts from other processes; others are dropped.
         orders: types that are accepted from the coordinator's process only, in addition to
             ``remote``.
-        foreign: types that it accepts from other servers of the cluster, as ``Received``.
+        foreign: types that it accepts from other servers of the cluster, as ``PeerMessage``.
         busy_s: seconds spent inside ``receive`` so far.
     """
 
@@ -95,7 +95,7 @@ class Actor(Generic[M]):
     def possible(self, msg: M) -> bool:
         """Whether a message from another process is plausible; otherwise it is dropped.
 
-        Called for types in ``remote``, and for ``Received`` from other servers, after their fields
+        Called for types in ``remote``, and for ``PeerMessage`` from other servers, after their fields
         have been checked; this is for checks that need the receiver's state.
         """
         return True

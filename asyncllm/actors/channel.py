@@ -1,7 +1,7 @@
 """The channel between the servers of a cluster: connects them and carries their frames.
 
 Each server has one end, in one of its processes. It listens, connects to others, or both; two
-connected ends are peers, and know each other's :class:`Card`. Knows frames and peers; knows neither
+connected ends are peers, and know each other's :class:`PeerInfo`. Knows frames and peers; knows neither
 actors nor the contents of messages.
 """
 
@@ -19,16 +19,24 @@ from time import monotonic
 
 import zmq
 
-from asyncllm.actors.peers import Beat, Bye, Card, Greeting, PeerJoined, PeerLeft, PeerRefused
+from asyncllm.actors.peer_messages import (
+    PeerGoodbye,
+    PeerHeartbeat,
+    PeerHello,
+    PeerInfo,
+    PeerJoined,
+    PeerLeft,
+    PeerRefused,
+)
 from asyncllm.actors.transport import (
     DRAIN_LIMIT,
     LINGER_MS,
-    Keys,
+    CurveKeys,
+    HandshakeFailures,
     Monitor,
     Outbox,
     OutboxFull,
     Socket,
-    Strangers,
     detect_dead_connections,
     frame_head,
     ipv6,
@@ -39,7 +47,7 @@ from asyncllm.actors.transport import (
 )
 from asyncllm.codec import CodecError, Message, decode, encode, protocol
 from asyncllm.errors import StartupError
-from asyncllm.log import Seldom
+from asyncllm.log import RateLimitedLog
 
 FIRST_PEER = 1 << 23  # above all endpoint numbers of a server, which are part of request ids
 MOST_PEERS = 1024
@@ -56,7 +64,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Listener:
+class ChannelCallbacks:
     """Callbacks for the channel's events.
 
     Args:
@@ -69,7 +77,7 @@ class Listener:
     message: Callable[[int, str, bool, Message], str | None]
 
 
-class _Gone(Exception):
+class _LinkClosed(Exception):
     """The connection no longer exists."""
 
 
@@ -81,7 +89,7 @@ class _Link(ABC):
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.peer, self.card, self.dialled = 0, Card(role="", name="", incarnation=""), ""
+        self.peer, self.card, self.dialled = 0, PeerInfo(role="", name="", incarnation=""), ""
         self.heard = monotonic()
         self.box = Outbox(self.put, loop, OUTBOX)
 
@@ -94,7 +102,7 @@ class _Link(ABC):
         self.box.stop(flush=False)
 
 
-class _Guest(_Link):
+class _IncomingLink(_Link):
     """A connection from another end to us."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sock: Socket, ident: bytes) -> None:
@@ -107,10 +115,10 @@ class _Guest(_Link):
         except zmq.Again:
             raise
         except zmq.ZMQError as error:
-            raise _Gone("its connection is closed") from error
+            raise _LinkClosed("its connection is closed") from error
 
 
-class _Call(_Link):
+class _OutgoingLink(_Link):
     """One attempt to connect to another end, and the resulting connection.
 
     ZeroMQ would reconnect by itself, to whoever is there then, without reporting lost frames: so
@@ -118,7 +126,7 @@ class _Call(_Link):
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, sock: Socket, address: str, keys: Keys
+        self, loop: asyncio.AbstractEventLoop, sock: Socket, address: str, keys: CurveKeys
     ) -> None:
         super().__init__(loop)
         self.sock, self._gone = sock, False
@@ -131,7 +139,7 @@ class _Call(_Link):
 
     def put(self, frame: bytes) -> None:
         if self.gone():
-            raise _Gone("its connection is closed")
+            raise _LinkClosed("its connection is closed")
         self.sock.send(frame, zmq.NOBLOCK)
 
     def gone(self) -> bool:
@@ -146,12 +154,12 @@ class _Call(_Link):
 
 
 @dataclass(slots=True)
-class _Dial:
+class _DialTarget:
     """An end that we try to connect to, at each of its addresses, with each of our secrets."""
 
     host: str
     port: int
-    call: _Call | None = None
+    call: _OutgoingLink | None = None
     attempts: int = 0
     due: float = 0.0
     again_s: float = AGAIN_S[0]
@@ -174,24 +182,26 @@ class Channel:
         port: where it listens; 0: it does not.
     """
 
-    def __init__(self, card: Card, keys: Sequence[Keys], dead_after_s: float = 10.0) -> None:
+    def __init__(
+        self, card: PeerInfo, keys: Sequence[CurveKeys], dead_after_s: float = 10.0
+    ) -> None:
         self.card, self._keys = card, keys
-        self.admit: Callable[[Card], str | None] = lambda _: None
+        self.admit: Callable[[PeerInfo], str | None] = lambda _: None
         self.foreign_frames = self.port = 0
         self._beat_s, self._limit_s = min(BEAT_S, dead_after_s / BEATS), dead_after_s / 2
         self._ctx: zmq.Context[Socket] = zmq.Context()
         self._door: Socket | None = None
-        self._strangers: Strangers | None = None
-        self._listener: Listener | None = None
+        self._strangers: HandshakeFailures | None = None
+        self._listener: ChannelCallbacks | None = None
         self._loop: asyncio.AbstractEventLoop
-        self._dials: dict[str, _Dial] = {}
-        self._guests: dict[bytes, _Guest] = {}
+        self._dials: dict[str, _DialTarget] = {}
+        self._guests: dict[bytes, _IncomingLink] = {}
         self._peers: dict[int, _Link] = {}
         self._next_peer = FIRST_PEER
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
         self._pumping = False
-        self._log = Seldom(log)
+        self._log = RateLimitedLog(log)
 
     # -- for its owner -----------------------------------------------------------------------------
 
@@ -220,7 +230,7 @@ class Channel:
         """
         where = tcp(host, port).removeprefix("tcp://")
         if where not in self._dials:
-            self._dials[where] = _Dial(host, port)
+            self._dials[where] = _DialTarget(host, port)
             if self._listener is not None:
                 self._call(where, self._dials[where])
         return where
@@ -231,15 +241,19 @@ class Channel:
             if dial.looking is not None:
                 dial.looking.cancel()
             if dial.call is not None:
-                self._end(dial.call, "it is not wanted any more", Bye("not wanted any more", False))
+                self._end(
+                    dial.call,
+                    "it is not wanted any more",
+                    PeerGoodbye("not wanted any more", False),
+                )
 
     def drop(self, peer: int, why: str) -> None:
         """Disconnect a peer, telling it why."""
         if (link := self._peers.get(peer)) is not None:
-            self._end(link, why, Bye(why, False))
+            self._end(link, why, PeerGoodbye(why, False))
 
     @property
-    def peers(self) -> Mapping[int, Card]:
+    def peers(self) -> Mapping[int, PeerInfo]:
         """The connected peers."""
         return {peer: link.card for peer, link in self._peers.items()}
 
@@ -254,7 +268,7 @@ class Channel:
 
     # -- for the system ----------------------------------------------------------------------------
 
-    def start(self, listener: Listener) -> None:
+    def start(self, listener: ChannelCallbacks) -> None:
         """Start, on the running loop."""
         self._listener, self._loop = listener, asyncio.get_running_loop()
         if self._door is not None:
@@ -278,7 +292,7 @@ class Channel:
         if self._ctx.closed:
             return
         for link in [*self._peers.values()]:
-            self._say(link, Bye("it stops", False))
+            self._say(link, PeerGoodbye("it stops", False))
         for dial in self._dials.values():
             if dial.looking is not None:
                 dial.looking.cancel()
@@ -327,7 +341,7 @@ class Channel:
     def _from_guest(self, ident: bytes, frames: list[bytes]) -> None:
         assert self._door is not None
         if (guest := self._guests.get(ident)) is None:
-            guest = _Guest(self._loop, self._door, ident)
+            guest = _IncomingLink(self._loop, self._door, ident)
         self._take(guest, frames)
 
     def _take(self, link: _Link, frames: list[bytes]) -> None:
@@ -351,48 +365,50 @@ class Channel:
     def _foreign(self, link: _Link, complaint: str) -> None:
         if link.peer:
             log.warning("%s sends what is not possible: %s", link.card, complaint)
-            self._end(link, f"it sends what is not possible: {complaint}", Bye(complaint, False))
+            self._end(
+                link, f"it sends what is not possible: {complaint}", PeerGoodbye(complaint, False)
+            )
             return
         self.foreign_frames += 1
         self._log.warning("frame of nobody that is known is dropped: %s", complaint)
-        self._say(link, Bye(complaint, False))  # it may believe it is a peer
+        self._say(link, PeerGoodbye(complaint, False))  # it may believe it is a peer
 
     def _control(self, link: _Link, name: str, body: memoryview) -> None:
         if (theirs := name.removeprefix(CONTROL)) != protocol():
             self._unlike(link, f"its protocol is {theirs!r}, ours {protocol()!r}")
             return
         match decode(body):
-            case Greeting(card) if not link.peer:
+            case PeerHello(card) if not link.peer:
                 self._meet(link, card)
-            case Bye(why, refused):
+            case PeerGoodbye(why, refused):
                 self._end(link, f"it hung up: {why}", None, refused=why if refused else "")
-            case Beat() if link.peer:
+            case PeerHeartbeat() if link.peer:
                 pass
             case other:
                 raise CodecError(f"{type(other).__name__}, which is not expected")
 
     def _unlike(self, link: _Link, what: str) -> None:
         """The other end and we cannot belong to the same cluster."""
-        if isinstance(link, _Call):
+        if isinstance(link, _OutgoingLink):
             self._end(link, what, None, refused=what)
         else:
             self._refuse(link, what)
 
     def _refuse(self, link: _Link, what: str) -> None:
         self._log.warning("%s is not let in: %s", link.card if link.card.role else "one", what)
-        self._end(link, what, Bye(what, True))
+        self._end(link, what, PeerGoodbye(what, True))
 
-    def _meet(self, link: _Link, card: Card) -> None:
+    def _meet(self, link: _Link, card: PeerInfo) -> None:
         link.card = card
         if breach := self.card.difference(card):
             what, ours, theirs = breach
-            if isinstance(link, _Call):
+            if isinstance(link, _OutgoingLink):
                 why = f"{what} here is {ours}, that of {card} {theirs}"
             else:
                 why = f"{what} of {card} is {theirs}, that of {self.card} {ours}"
             self._unlike(link, why)
             return
-        if isinstance(link, _Guest):
+        if isinstance(link, _IncomingLink):
             if len(self._guests) >= MOST_PEERS:
                 self._refuse(link, f"{MOST_PEERS} are connected already")
                 return
@@ -400,7 +416,7 @@ class Channel:
                 self._refuse(link, why_not)
                 return
             self._guests[link.ident] = link
-            self._say(link, Greeting(self.card))
+            self._say(link, PeerHello(self.card))
         link.peer, self._next_peer = self._next_peer, self._next_peer + 1
         self._peers[link.peer] = link
         if dial := self._dials.get(link.dialled):
@@ -410,7 +426,7 @@ class Channel:
 
     def _say(self, link: _Link, msg: Message) -> None:
         """Send one of the channel's own messages; lost if the other end does not read."""
-        with contextlib.suppress(zmq.Again, _Gone):
+        with contextlib.suppress(zmq.Again, _LinkClosed):
             link.put(frame_head(CONTROL + protocol(), True) + encode(msg))
             self._pump_soon()
 
@@ -419,11 +435,11 @@ class Channel:
             link.box.push(frame)
             self._pump_soon()
         except OutboxFull as error:
-            self._end(link, f"it does not read: {error}", Bye("does not read", False))
-        except _Gone as error:
+            self._end(link, f"it does not read: {error}", PeerGoodbye("does not read", False))
+        except _LinkClosed as error:
             self._end(link, str(error), None)
 
-    def _end(self, link: _Link, why: str, bye: Bye | None, refused: str = "") -> None:
+    def _end(self, link: _Link, why: str, bye: PeerGoodbye | None, refused: str = "") -> None:
         """End a connection, and the peer on it, if there was one."""
         if bye is not None:
             self._say(link, bye)
@@ -437,14 +453,14 @@ class Channel:
             self._tell(PeerRefused(link.dialled, refused))
 
     def _hang_up(self, link: _Link) -> None:
-        if isinstance(link, _Call):
+        if isinstance(link, _OutgoingLink):
             if not link.sock.closed:
                 self._loop.remove_reader(link.sock.fileno())
             link.close()
             if (dial := self._dials.get(link.dialled)) and dial.call is link:
                 dial.call, dial.due = None, monotonic() + dial.again_s
                 dial.again_s = min(2 * dial.again_s, AGAIN_S[1])
-        elif isinstance(link, _Guest):
+        elif isinstance(link, _IncomingLink):
             self._guests.pop(link.ident, None)
             link.close()
 
@@ -465,28 +481,28 @@ class Channel:
             link.heard += late
             try:
                 with contextlib.suppress(zmq.Again):
-                    link.put(frame_head(CONTROL + protocol(), True) + encode(Beat()))
-            except _Gone as error:
+                    link.put(frame_head(CONTROL + protocol(), True) + encode(PeerHeartbeat()))
+            except _LinkClosed as error:
                 self._end(link, str(error), None)
                 continue
             if (silent := now - link.heard) > self._limit_s:
                 why = f"it has been silent for {silent:.1f} s (--dead_after)"
-                self._end(link, why, Bye(why, False))
+                self._end(link, why, PeerGoodbye(why, False))
         for where, dial in [*self._dials.items()]:
             self._look_at(where, dial, now)
         self._pump_soon()
 
-    def _look_at(self, where: str, dial: _Dial, now: float) -> None:
+    def _look_at(self, where: str, dial: _DialTarget, now: float) -> None:
         if (call := dial.call) is None:
             if now >= dial.due and dial.looking is None:
                 self._call(where, dial)
         elif not call.peer and (call.gone() or now > call.heard + ATTEMPT_S):
             self._end(call, "no answer", None)
 
-    def _call(self, where: str, dial: _Dial) -> None:
+    def _call(self, where: str, dial: _DialTarget) -> None:
         dial.looking = self._loop.create_task(self._connect(where, dial))
 
-    async def _connect(self, where: str, dial: _Dial) -> None:
+    async def _connect(self, where: str, dial: _DialTarget) -> None:
         """Make one attempt: the next of our keys at the next of its addresses."""
         number, dial.attempts = dial.attempts, dial.attempts + 1
         try:
@@ -495,7 +511,7 @@ class Channel:
                 found = await self._loop.getaddrinfo(dial.host, dial.port, type=socket.SOCK_STREAM)
                 dial.addresses = [*dict.fromkeys(str(each[4][0]) for each in found)]
             address = tcp(dial.addresses[turn % len(dial.addresses)], dial.port)
-            call = _Call(self._loop, self._ctx.socket(zmq.DEALER), address, self._keys[key])
+            call = _OutgoingLink(self._loop, self._ctx.socket(zmq.DEALER), address, self._keys[key])
         except (OSError, UnicodeError, zmq.ZMQError) as error:
             self._log.warning("%s: %s", where, error)
             dial.due = monotonic() + AGAIN_S[1]
@@ -504,7 +520,7 @@ class Channel:
             dial.looking = None
         call.dialled, dial.call = where, call
         self._loop.add_reader(call.sock.fileno(), self._pump)
-        self._say(call, Greeting(self.card))
+        self._say(call, PeerHello(self.card))
 
 
 def _bounds(sock: Socket, address: str) -> None:

@@ -80,7 +80,7 @@ class Connection(web.RequestHandler):
             super().log_exception(*args, **kw)
 
 
-class Doors:
+class HttpListeners:
     """The listening sockets of one application and their connections.
 
     Args:
@@ -98,7 +98,7 @@ class Doors:
         guard: Callable[[Handler, web.Request], Awaitable[web.StreamResponse]],
         answer: ErrorAnswer,
         *,
-        lookout: Lookout,
+        lookout: ConnectionWatcher,
         shutdown_s: float,
         **options: Any,
     ) -> None:
@@ -141,7 +141,7 @@ class Doors:
         await self._runner.cleanup()
 
 
-class Lookout:
+class ConnectionWatcher:
     """Checks the connections periodically.
 
     A connection is not read while too much is waiting to be handled: pipelined requests, or the

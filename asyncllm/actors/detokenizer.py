@@ -15,26 +15,26 @@ from typing import assert_never
 from asyncllm.actors.base import Actor
 from asyncllm.codec import INT32, INT64
 from asyncllm.core.detokenize import TextStream
-from asyncllm.core.request import Reason
-from asyncllm.core.stops import SequenceFinder, Stops
+from asyncllm.core.request import FinishReason
+from asyncllm.core.stops import SequenceFinder, StopMatcher
 from asyncllm.messages import (
-    Again,
-    Delta,
     Finished,
-    Flush,
-    GroupGone,
+    FlushStreams,
+    GroupRemoved,
     OpenTextStream,
-    Orphaned,
+    RequestsOrphaned,
+    ResubmitRequests,
     StopHit,
+    TextDelta,
     Tokens,
 )
 from asyncllm.records import Failure, Logprobs
-from asyncllm.text import Text
+from asyncllm.text import ModelTokenizer
 
 BUDGET_S = 0.0005  # per slice, so that a launch never waits longer for the loop
 LOOK_EVERY = 4  # streams between two checks of the clock
 
-Inbox = OpenTextStream | Tokens | Finished | Flush | GroupGone | Orphaned
+Inbox = OpenTextStream | Tokens | Finished | FlushStreams | GroupRemoved | RequestsOrphaned
 
 
 class Detokenizer(Actor[Inbox]):
@@ -46,9 +46,9 @@ class Detokenizer(Actor[Inbox]):
     """
 
     remote = frozenset({Tokens, Finished})
-    orders = frozenset({GroupGone, Orphaned})
+    orders = frozenset({GroupRemoved, RequestsOrphaned})
 
-    def __init__(self, text: Text, *, budget_s: float = BUDGET_S) -> None:
+    def __init__(self, text: ModelTokenizer, *, budget_s: float = BUDGET_S) -> None:
         super().__init__("detokenizer")
         self._text, self._budget_s = text, budget_s
         self._streams: dict[int, _Stream] = {}
@@ -81,11 +81,11 @@ class Detokenizer(Actor[Inbox]):
                     self._streams[msg.rid] = _Stream(
                         msg, self._text, self._special, self._shown(msg)
                     )
-                case Flush():
+                case FlushStreams():
                     self._posted = False
-                case GroupGone(_, endpoint):
+                case GroupRemoved(_, endpoint):
                     self._lost.add(endpoint)
-                case Orphaned(rids, why):
+                case RequestsOrphaned(rids, why):
                     self._orphaned(rids, why)
                 case _:
                     assert_never(msg)
@@ -104,12 +104,12 @@ class Detokenizer(Actor[Inbox]):
                 over.append(rid)
             else:
                 again.append(rid)
-        self.scheduler.tell(Again(again, over), urgent=True)
+        self.scheduler.tell(ResubmitRequests(again, over), urgent=True)
         for rid in over:
             if (stream := self._streams.get(rid)) is not None and stream.finished is None:
                 detail = f"the ranks that generated this answer are lost ({why}); try again"
                 failure = Failure(detail, "group_lost", 503)
-                self._finish(Finished(rid, Reason.ERROR, failure))
+                self._finish(Finished(rid, FinishReason.ERROR, failure))
 
     def _append(self, msg: Tokens) -> None:
         streams, logprobs = self._streams, msg.logprobs
@@ -149,7 +149,7 @@ class Detokenizer(Actor[Inbox]):
                 break
         if self._news and not self._posted:
             self._posted = True
-            self.put(Flush(), urgent=True)  # urgent: a full mailbox must not refuse it
+            self.put(FlushStreams(), urgent=True)  # urgent: a full mailbox must not refuse it
 
     def _pass_on(self, stream: _Stream) -> None:
         stream.has_news = False
@@ -191,7 +191,11 @@ class _Stream:
     )
 
     def __init__(
-        self, follow: OpenTextStream, text: Text, special: Mapping[str, int], shown: frozenset[int]
+        self,
+        follow: OpenTextStream,
+        text: ModelTokenizer,
+        special: Mapping[str, int],
+        shown: frozenset[int],
     ) -> None:
         self.rid, self.pieces = follow.rid, text.pieces
         self.healed = follow.healed  # text of the prompt that must be generated again
@@ -200,9 +204,9 @@ class _Stream:
         self.print_eos, self.shown = follow.print_eos, shown
         self.include_end = follow.print_eos or follow.include_stop
         self.text: TextStream = text.stream(follow.prompt_tail, follow.skip_special_tokens)
-        self.stops: Stops | None = None
+        self.stops: StopMatcher | None = None
         if follow.stop:
-            self.stops = Stops(follow.stop, special, keep=follow.include_stop)
+            self.stops = StopMatcher(follow.stop, special, keep=follow.include_stop)
         self.special = text.special
         self.sequences = SequenceFinder(follow.stop_sequences) if follow.stop_sequences else None
         self.simple = self.stops is None and self.sequences is None
@@ -235,7 +239,7 @@ class _Stream:
         self.covered -= cut
         return piece[cut:]
 
-    def take(self) -> Delta | None:
+    def take(self) -> TextDelta | None:
         """Everything that has arrived since the last call; None: nothing to report."""
         if (
             len(self.ids) == 1
@@ -275,7 +279,7 @@ class _Stream:
             return None
         # a request without log-probabilities sees columns only in steps it shares with others
         logprobs = Logprobs.join(blocks) if blocks and len(blocks) == len(ids) else None
-        return Delta(
+        return TextDelta(
             rid=self.rid,
             text=text,
             ids=ids,
@@ -284,7 +288,7 @@ class _Stream:
             prompt=prompt,
         )
 
-    def _take_one(self) -> Delta:
+    def _take_one(self) -> TextDelta:
         """Fast path of ``take``, in half the time: one token, and nothing that could stop the
         text."""
         token, ends = self.ids[0], self.ends[0]
@@ -296,7 +300,7 @@ class _Stream:
         logprobs = self.blocks.pop() if self.blocks else None
         del self.ends[:]
         # by position: keywords made a step of 256 rows take a sixth longer
-        return Delta(self.rid, piece, ids, (piece,), logprobs, None)
+        return TextDelta(self.rid, piece, ids, (piece,), logprobs, None)
 
     def _ready(self) -> tuple[int, int]:
         """How many tokens can be shown now, and how many after them are a stop sequence."""
@@ -316,7 +320,7 @@ class _Stream:
         found = self.stops.found if self.stops is not None else ""
         return Finished(
             self.rid,
-            Reason.STOP,
+            FinishReason.STOP,
             cached_len=finished.cached_len,
             num_tokens=self.stopped_at,
             stop=found,

@@ -14,32 +14,32 @@ from typing import assert_never
 
 from asyncllm.actors.base import Actor
 from asyncllm.actors.channel import Channel
-from asyncllm.actors.peers import Card, PeerJoined, PeerLeft, PeerRefused, Received
-from asyncllm.core import directing
-from asyncllm.core.choosing import DECODE, PREFILL, Node, Nodes
-from asyncllm.core.request import Reason
+from asyncllm.actors.peer_messages import PeerInfo, PeerJoined, PeerLeft, PeerMessage, PeerRefused
+from asyncllm.core import request_director
+from asyncllm.core.node_selection import DECODE, PREFILL, EngineNode, NodeSelector
+from asyncllm.core.request import FinishReason
 from asyncllm.messages import (
     FRONTEND_SHIFT,
     Abort,
     AskNodes,
     AskServing,
-    Decode,
+    DecodeRequest,
+    DecodeReserved,
     DirectorStats,
     Drain,
     Drained,
+    EndpointGone,
     Finished,
-    Gone,
+    NodesAnswer,
     NodeState,
-    NodesTold,
-    Prefill,
+    PrefillRequest,
     Probe,
-    Reserved,
     Serving,
     StopHit,
     Submit,
     Tokens,
 )
-from asyncllm.records import Failure, KvMoved
+from asyncllm.records import Failure, TransferTotals
 
 TICK_S = 0.25
 ROLES = (PREFILL, DECODE)
@@ -48,14 +48,14 @@ Inbox = (
     Submit
     | Abort
     | StopHit
-    | Received
+    | PeerMessage
     | PeerJoined
     | PeerLeft
     | PeerRefused
     | AskServing
     | AskNodes
     | Drain
-    | Gone
+    | EndpointGone
     | Probe
 )
 
@@ -67,7 +67,7 @@ class Director(Actor[Inbox]):
 
     Args:
         channel: to the nodes.
-        strategy: see ``core.choosing.Nodes``.
+        strategy: see ``core.choosing.NodeSelector``.
         counts: required (prefill nodes, decode nodes), and no more; None: any number, at least one
             of each.
         vocab_size: limit of token ids from nodes.
@@ -76,7 +76,7 @@ class Director(Actor[Inbox]):
     # each step of each node is a message, and each end another
     capacity = 65536
     remote = frozenset({Submit, Abort, StopHit, AskServing, AskNodes})
-    foreign = frozenset({NodeState, Reserved, Tokens, Finished})
+    foreign = frozenset({NodeState, DecodeReserved, Tokens, Finished})
 
     def __init__(
         self,
@@ -87,11 +87,11 @@ class Director(Actor[Inbox]):
         vocab_size: int,
     ) -> None:
         super().__init__("director")
-        self.core = directing.RequestDirector(Nodes(strategy))
+        self.core = request_director.RequestDirector(NodeSelector(strategy))
         self._channel, self._counts, self._vocab_size = channel, counts, vocab_size
-        self._cards: dict[int, Card] = {}  # of connected nodes, perhaps without a state yet
-        self._moved: dict[int, KvMoved] = {}  # K/V counters, as last reported by each node
-        self._moved_before = KvMoved()  # those of nodes that have left
+        self._cards: dict[int, PeerInfo] = {}  # of connected nodes, perhaps without a state yet
+        self._moved: dict[int, TransferTotals] = {}  # K/V counters, as last reported by each node
+        self._moved_before = TransferTotals()  # those of nodes that have left
         self._asking: set[int] = set()  # endpoints that asked whether requests can be served
         self._told = ""
         self._gone: set[int] = set()  # endpoints whose processes have ended
@@ -123,7 +123,7 @@ class Director(Actor[Inbox]):
                     self.core.abort(rid)
                 case StopHit(rid, num_tokens):
                     self.core.stop(rid, num_tokens)
-                case Received():
+                case PeerMessage():
                     self._received(msg)
                 case PeerJoined(peer, card):
                     self._cards[peer] = card
@@ -135,11 +135,11 @@ class Director(Actor[Inbox]):
                     self._asking.add(endpoint)
                     self.system.ref("frontend", endpoint).tell(Serving(self.lacks), urgent=True)
                 case AskNodes(query, endpoint):
-                    answer = NodesTold(query, json.dumps(self._table()).encode())
+                    answer = NodesAnswer(query, json.dumps(self._table()).encode())
                     self.system.ref("frontend", endpoint).tell(answer, urgent=True)
                 case Drain(timeout_s):
                     self._drain(timeout_s)
-                case Gone(endpoint):
+                case EndpointGone(endpoint):
                     self._gone.add(endpoint)
                     self._asking.discard(endpoint)
                     self.core.forget(endpoint)
@@ -151,7 +151,7 @@ class Director(Actor[Inbox]):
 
     def possible(self, msg: Inbox) -> bool:
         """Whether a node's tokens are in the vocabulary."""
-        told = msg.msg if isinstance(msg, Received) else None
+        told = msg.msg if isinstance(msg, PeerMessage) else None
         return not isinstance(told, Tokens) or max(told.tokens, default=0) < self._vocab_size
 
     @property
@@ -169,7 +169,7 @@ class Director(Actor[Inbox]):
 
     # -- nodes ----------------------------------------------------------------------------------
 
-    def _complaint(self, card: Card) -> str | None:
+    def _complaint(self, card: PeerInfo) -> str | None:
         """Why a connecting server is refused, or None. One that has restarted replaces its former
         self."""
         if card.role not in ROLES:
@@ -188,12 +188,12 @@ class Director(Actor[Inbox]):
                 return f"there are {most} {card.role} nodes already (--pd_master_mode)"
         return None
 
-    def _received(self, msg: Received) -> None:
+    def _received(self, msg: PeerMessage) -> None:
         peer, core = msg.peer, self.core
         match msg.msg:
             case NodeState() as state:
                 self._state(peer, state)
-            case Reserved(ticket, to):
+            case DecodeReserved(ticket, to):
                 core.reserved(peer, ticket, to)
             case Tokens() as tokens:
                 core.tokens(peer, tokens)
@@ -206,7 +206,7 @@ class Director(Actor[Inbox]):
         if (node := self.core.nodes.get(peer)) is None:
             if (card := self._cards.get(peer)) is None:
                 return  # it has left
-            node = Node(peer, card.role, card.name, state.total)
+            node = EngineNode(peer, card.role, card.name, state.total)
             self.core.joined(node)
             log.info("%s takes requests: %d K/V slots", node, state.total)
         if state.draining and not node.draining:
@@ -216,9 +216,9 @@ class Director(Actor[Inbox]):
         node.draining = state.draining
         self._moved[peer] = state.moved
 
-    def _left(self, peer: int, card: Card, why: str) -> None:
+    def _left(self, peer: int, card: PeerInfo, why: str) -> None:
         self._cards.pop(peer, None)
-        gone = self._moved.pop(peer, KvMoved())
+        gone = self._moved.pop(peer, TransferTotals())
         self._moved_before += replace(gone, waiting=0)
         before = self.core.counts.retries
         self.core.left(peer, why)
@@ -252,8 +252,8 @@ class Director(Actor[Inbox]):
         if msg.rid in self.core.requests:
             self.system.reject(msg, f"request {msg.rid} is there already")
         elif self._draining:
-            failure = Failure("server is shutting down", directing.SHUTTING_DOWN, 503)
-            self.core.ended.append(Finished(msg.rid, Reason.ERROR, failure))
+            failure = Failure("server is shutting down", request_director.SHUTTING_DOWN, 503)
+            self.core.ended.append(Finished(msg.rid, FinishReason.ERROR, failure))
         else:
             self.core.submit(msg)
 
@@ -267,7 +267,7 @@ class Director(Actor[Inbox]):
         core = self.core
         orders, core.orders = core.orders, []
         for peer, order in orders:
-            urgent = not isinstance(order, Prefill | Decode)
+            urgent = not isinstance(order, PrefillRequest | DecodeRequest)
             self.system.ref("agent", peer).tell(order, urgent=urgent)
         emitted, core.emitted = core.emitted, []
         for endpoint, tokens in emitted:

@@ -20,10 +20,10 @@ from typing import assert_never
 from asyncllm import __version__
 from asyncllm.actors.access import Access
 from asyncllm.actors.base import Actor, MailboxFull
-from asyncllm.actors.connection import Doors
+from asyncllm.actors.connection import HttpListeners
 from asyncllm.actors.exchange import ChunkedWriter, Exchange, resolve
-from asyncllm.actors.http import Routes
-from asyncllm.actors.settings import Limits, Others, Place
+from asyncllm.actors.frontend_settings import ClusterSettings, FrontendLimits, KnownMasters
+from asyncllm.actors.http import HttpRoutes
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import REASONS, Answer, Choice, Reply, Vocab
 from asyncllm.api.common.errors import Cancelled, NotServing, from_failure
@@ -31,7 +31,7 @@ from asyncllm.api.common.request import GenerationRequest, ServedModel
 from asyncllm.api.common.validation import MAX_SEED
 from asyncllm.core.admission import Admission
 from asyncllm.core.metrics import REFUSED
-from asyncllm.core.request import Reason
+from asyncllm.core.request import FinishReason
 from asyncllm.errors import RequestError, ServerBusy
 from asyncllm.messages import (
     FRONTEND_SHIFT,
@@ -41,29 +41,29 @@ from asyncllm.messages import (
     AskNodes,
     AskServing,
     Cancel,
-    Count,
-    Counted,
-    Delta,
+    CountTokens,
     Drain,
     Drained,
     Finished,
-    GroupGone,
-    Masters,
-    NodesTold,
+    GroupRemoved,
+    MasterList,
+    NodesAnswer,
     RequestServed,
     Scrape,
     Scraped,
     Serving,
     Started,
+    TextDelta,
     Tokenize,
+    TokensCounted,
 )
-from asyncllm.records import Answered
+from asyncllm.records import AnsweredRequest
 
 log = logging.getLogger(__name__)
 
-Reported = Counted | Scraped | NodesTold  # answers to this actor's queries
-Changes = Started | Drain | Cancel | Serving | Masters | GroupGone
-Inbox = Accepted | Delta | Finished | Reported | Changes
+Reported = TokensCounted | Scraped | NodesAnswer  # answers to this actor's queries
+Changes = Started | Drain | Cancel | Serving | MasterList | GroupRemoved
+Inbox = Accepted | TextDelta | Finished | Reported | Changes
 
 LOOK_EVERY = 4  # streams written between two checks of the clock
 
@@ -75,16 +75,18 @@ class Frontend(Actor[Inbox]):
         served: model names and limits.
         vocab: texts of token ids.
         sockets: bound sockets; listening starts when ``Started`` arrives.
-        limits: see :class:`Limits`.
+        limits: see :class:`FrontendLimits`.
         access: see :class:`Access`.
         info: the server's options, for /get_server_info.
-        place: see :class:`Place`.
+        place: see :class:`ClusterSettings`.
         on_open: called once the sockets are served, so that a ready line is true when it is read.
     """
 
     # a step may bring a Delta and a Finished for each live request, several steps may wait
     capacity = 65536
-    orders = frozenset({Masters, Started, Drain, Scraped, Cancel, Serving, NodesTold, GroupGone})
+    orders = frozenset(
+        {MasterList, Started, Drain, Scraped, Cancel, Serving, NodesAnswer, GroupRemoved}
+    )
 
     def __init__(
         self,
@@ -92,20 +94,20 @@ class Frontend(Actor[Inbox]):
         served: ServedModel,
         vocab: Vocab,
         sockets: Sequence[socket],
-        limits: Limits | None = None,
+        limits: FrontendLimits | None = None,
         access: Access | None = None,
         info: Mapping[str, object] | None = None,
-        place: Place | None = None,
+        place: ClusterSettings | None = None,
         on_open: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__("frontend")
-        self.served, self.limits = served, limits or Limits()
+        self.served, self.limits = served, limits or FrontendLimits()
         self.access = access or Access()
-        self.info, self.place = info or {}, place or Place()
+        self.info, self.place = info or {}, place or ClusterSettings()
         self.serving = self.draining = False
         self.lacks = "it has just started" if self.place.asks else ""  # why nothing can be served
         self.lost_groups: list[int] = []
-        self.others = Others(self.place)
+        self.others = KnownMasters(self.place)
         self.vocab, self._sockets, self._on_open = vocab, sockets, on_open
         self._counter = 0
         self._exchanges: set[Exchange] = set()
@@ -116,8 +118,8 @@ class Frontend(Actor[Inbox]):
         self._admission = Admission(
             max_running=self.limits.max_running, max_waiting=self.limits.max_waiting
         )
-        self._to_tell: list[Answered] = []  # not reported yet
-        self._doors: Doors | None = None
+        self._to_tell: list[AnsweredRequest] = []  # not reported yet
+        self._doors: HttpListeners | None = None
 
     def started(self) -> None:
         """Refs of the actors that this one sends to."""
@@ -132,15 +134,15 @@ class Frontend(Actor[Inbox]):
         """Render everything first, then write once per stream."""
         for msg in batch:
             match msg:
-                case Delta():
+                case TextDelta():
                     self._delta(msg)
                 case Finished():
                     self._finished(msg)
                 case Accepted():
                     self._accepted(msg)
-                case Counted() | Scraped() | NodesTold():
+                case TokensCounted() | Scraped() | NodesAnswer():
                     self._answered(msg.query, msg)
-                case Masters(masters, away):
+                case MasterList(masters, away):
                     self.others.masters, self.others.away = masters, away
                 case Serving(lacks):
                     self.lacks = lacks
@@ -152,7 +154,7 @@ class Frontend(Actor[Inbox]):
                     self.spawn(self._serve())
                 case Cancel():
                     self._cancel(msg.request_id)
-                case GroupGone(group):
+                case GroupRemoved(group):
                     self._lose(group)
                 case Drain():
                     self.draining = True
@@ -268,8 +270,8 @@ class Frontend(Actor[Inbox]):
         self._say_drained()
 
     def count(self, route: str, status: int, reason: str = "") -> None:
-        """Report an answer without generation to the watchdog; ``reason``: as in ``Answered``."""
-        self._tell_answered(Answered(route, status, 0, 0, reason, -1.0, -1.0, 0.0))
+        """Report an answer without generation to the watchdog; ``reason``: as in ``AnsweredRequest``."""
+        self._tell_answered(AnsweredRequest(route, status, 0, 0, reason, -1.0, -1.0, 0.0))
 
     def _count_exchange(self, route: str, status: int, exchange: Exchange) -> None:
         if exchange.unaccepted:
@@ -287,10 +289,12 @@ class Frontend(Actor[Inbox]):
         if status == 200 and exchange.error is None and answer.choices[0].reason is not None:
             reason = REASONS[answer.choices[0].reason]
         self._tell_answered(
-            Answered(route, status, usage["prompt_tokens"], tokens, reason, ttft, tpot, total)
+            AnsweredRequest(
+                route, status, usage["prompt_tokens"], tokens, reason, ttft, tpot, total
+            )
         )
 
-    def _tell_answered(self, answered: Answered) -> None:
+    def _tell_answered(self, answered: AnsweredRequest) -> None:
         """Batched with other answers of this loop iteration, so that no flood fills the mailbox."""
         if not self._to_tell:
             self.system.loop.call_soon(self._flush_answered)
@@ -322,12 +326,14 @@ class Frontend(Actor[Inbox]):
         """
         query, future = self._query()
         try:
-            self._tokenizer.tell(Count(query, text, add_special_tokens, chat=chat, client=client))
+            self._tokenizer.tell(
+                CountTokens(query, text, add_special_tokens, chat=chat, client=client)
+            )
         except MailboxFull:
             del self._queries[query]
             raise ServerBusy("the tokenizer is behind; try again later") from None
         counted = await self._wait(query, future, "the tokenizer")
-        assert isinstance(counted, Counted), counted
+        assert isinstance(counted, TokensCounted), counted
         if counted.failure is not None:
             error = from_failure(counted.failure)
             error.param = "text" if chat is None else "messages"
@@ -355,7 +361,7 @@ class Frontend(Actor[Inbox]):
         query, future = self._query()
         self._place.tell(AskNodes(query, self.system.endpoint))
         answer = await self._wait(query, future, "the director")
-        assert isinstance(answer, NodesTold), answer
+        assert isinstance(answer, NodesAnswer), answer
         return answer.body
 
     @property
@@ -422,7 +428,7 @@ class Frontend(Actor[Inbox]):
                 self._render(exchange, exchange.reply.opening())
             resolve(exchange.accepted)
 
-    def _delta(self, msg: Delta) -> None:
+    def _delta(self, msg: TextDelta) -> None:
         found = self._by_rid.get(msg.rid)
         if found is None:
             return  # aborted; the detokenizer did not know yet
@@ -445,7 +451,7 @@ class Frontend(Actor[Inbox]):
         if failure is not None:
             self._fail(exchange, from_failure(failure))
             return
-        if reason is Reason.ABORT and (exchange.unaccepted or not exchange.cancelled):
+        if reason is FinishReason.ABORT and (exchange.unaccepted or not exchange.cancelled):
             error: RequestError = NotServing("the server ended this request", code="aborted")
             if exchange.cancelled:
                 error = Cancelled("the request was aborted before it began")
@@ -583,7 +589,7 @@ class Frontend(Actor[Inbox]):
 
     async def _serve(self) -> None:
         """Start serving HTTP."""
-        self._doors = Routes(self).doors()
+        self._doors = HttpRoutes(self).doors()
         await self._doors.open(self._sockets, self.access.tls)
         self.serving = True
         self._on_open()

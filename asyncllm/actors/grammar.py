@@ -12,17 +12,17 @@ from typing import Any, Protocol, assert_never
 
 from asyncllm.actors.base import Actor
 from asyncllm.constrain.factory import OFF
-from asyncllm.core.admission import Shares
+from asyncllm.core.admission import FairQuota
 from asyncllm.core.fair_queue import FairQueue
 from asyncllm.errors import RequestError, ServerBusy
-from asyncllm.messages import Compile, Compiled, GrammarBuilt
+from asyncllm.messages import CompileGrammar, GrammarBuilt, GrammarReady
 from asyncllm.records import Failure
 
-Inbox = Compile | GrammarBuilt
+Inbox = CompileGrammar | GrammarBuilt
 Key = tuple[str, str]  # kind and text
 
 
-class Builder(Protocol):
+class GrammarBuilder(Protocol):
     """Grammars of one vocabulary."""
 
     def __contains__(self, key: Key) -> bool:
@@ -36,13 +36,13 @@ class Builder(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Waiting:
+class _QueuedGrammar:
     number: int
     client: int
     key: Key
 
 
-class GrammarKeeper(Actor[Inbox]):
+class GrammarCompiler(Actor[Inbox]):
     """Every Compile is answered by one Compiled.
 
     Args:
@@ -52,11 +52,11 @@ class GrammarKeeper(Actor[Inbox]):
         max_queue: grammars that may wait for a thread, half of them one client's while others wait.
     """
 
-    remote = frozenset({Compile})
+    remote = frozenset({CompileGrammar})
 
     def __init__(
         self,
-        builder: Builder | None,
+        builder: GrammarBuilder | None,
         *,
         asks: str = "tokenizer",
         workers: int = 2,
@@ -66,15 +66,15 @@ class GrammarKeeper(Actor[Inbox]):
         self._builder, self._asks = builder, asks
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="grammar")
         self._free = workers
-        self._asking: dict[Key, list[Compile]] = {}  # being compiled or queued
-        self._line: FairQueue[_Waiting] = FairQueue()
-        self._places = Shares(max_queue)
+        self._asking: dict[Key, list[CompileGrammar]] = {}  # being compiled or queued
+        self._line: FairQueue[_QueuedGrammar] = FairQueue()
+        self._places = FairQuota(max_queue)
         self._last = 0
 
     def receive(self, batch: list[Inbox]) -> None:
         for msg in batch:
             match msg:
-                case Compile():
+                case CompileGrammar():
                     self._compile(msg)
                 case GrammarBuilt():
                     self._built(msg)
@@ -84,7 +84,7 @@ class GrammarKeeper(Actor[Inbox]):
     def stopped(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _compile(self, msg: Compile) -> None:
+    def _compile(self, msg: CompileGrammar) -> None:
         key = msg.kind, msg.text
         if self._builder is None:
             self._answer(msg, Failure(OFF))
@@ -97,7 +97,7 @@ class GrammarKeeper(Actor[Inbox]):
         else:
             self._asking[key] = [msg]
             self._last += 1
-            self._line.append(msg.client, self._last, _Waiting(self._last, msg.client, key))
+            self._line.append(msg.client, self._last, _QueuedGrammar(self._last, msg.client, key))
             self._places.take(msg.client)
             self._start_some()
 
@@ -126,8 +126,8 @@ class GrammarKeeper(Actor[Inbox]):
             self._answer(one, msg.failure)
         self._start_some()
 
-    def _answer(self, msg: Compile, failure: Failure | None) -> None:
-        answer = Compiled(msg.job, failure, self.system.endpoint)
+    def _answer(self, msg: CompileGrammar, failure: Failure | None) -> None:
+        answer = GrammarReady(msg.job, failure, self.system.endpoint)
         self.system.ref(self._asks, msg.endpoint).tell(answer)
 
     def _busy(self, client: int) -> Failure:

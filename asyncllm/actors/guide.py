@@ -11,21 +11,28 @@ from typing import assert_never
 
 from asyncllm.actors.base import Actor
 from asyncllm.actors.channel import Channel
-from asyncllm.actors.finding import Search
-from asyncllm.actors.peers import PeerJoined, PeerLeft, PeerRefused, Received
+from asyncllm.actors.peer_connector import PeerConnector
+from asyncllm.actors.peer_messages import PeerJoined, PeerLeft, PeerMessage, PeerRefused
 from asyncllm.codec import Message
 from asyncllm.errors import StartupError
-from asyncllm.messages import Announce, AskMasters, Cancel, Gone, MasterAt, Masters
+from asyncllm.messages import (
+    AnnounceMaster,
+    AskMasters,
+    Cancel,
+    EndpointGone,
+    MasterAddress,
+    MasterList,
+)
 
 WHAT = "the config_server (--config_server_host, --config_server_port)"
 
 log = logging.getLogger(__name__)
 
 
-Inbox = Received | PeerJoined | PeerLeft | PeerRefused | AskMasters | Cancel | Gone
+Inbox = PeerMessage | PeerJoined | PeerLeft | PeerRefused | AskMasters | Cancel | EndpointGone
 
 
-class Guide(Actor[Inbox]):
+class ConfigServerClient(Actor[Inbox]):
     """One per master or node that belongs to a config_server, on its coordinator.
 
     Args:
@@ -35,15 +42,15 @@ class Guide(Actor[Inbox]):
     """
 
     remote = frozenset({AskMasters, Cancel})
-    foreign = frozenset({Masters, Cancel})
+    foreign = frozenset({MasterList, Cancel})
 
     def __init__(
-        self, channel: Channel, server: tuple[str, int], announces: Announce | None = None
+        self, channel: Channel, server: tuple[str, int], announces: AnnounceMaster | None = None
     ) -> None:
         super().__init__("guide")
-        self._search = Search(channel, server, WHAT, self.spawn)
+        self._search = PeerConnector(channel, server, WHAT, self.spawn)
         self._announces, self._joined_once = announces, False
-        self._masters: tuple[MasterAt, ...] = ()
+        self._masters: tuple[MasterAddress, ...] = ()
         self._asking: set[int] = set()  # endpoints that asked for the masters
 
     def started(self) -> None:
@@ -55,7 +62,7 @@ class Guide(Actor[Inbox]):
     def receive(self, batch: list[Inbox]) -> None:
         for msg in batch:
             match msg:
-                case Received(peer, told):
+                case PeerMessage(peer, told):
                     if peer == self._search.peer:
                         self._told(told)
                 case PeerJoined(peer, _, where):
@@ -73,7 +80,7 @@ class Guide(Actor[Inbox]):
                 case Cancel():
                     if self._search.peer:
                         self.system.ref("registry", self._search.peer).tell(msg, urgent=True)
-                case Gone(endpoint):
+                case EndpointGone(endpoint):
                     self._asking.discard(endpoint)
                 case _:
                     assert_never(msg)
@@ -96,7 +103,7 @@ class Guide(Actor[Inbox]):
 
     def _told(self, told: Message) -> None:
         match told:
-            case Masters(masters):
+            case MasterList(masters):
                 self._masters = masters
                 if self._announces is None:
                     self.system.ref("agent").tell(told)
@@ -107,6 +114,6 @@ class Guide(Actor[Inbox]):
                 raise AssertionError(other)  # it is not in ``foreign``
 
     def _say(self, *endpoints: int) -> None:
-        msg = Masters(self._masters, not self._search.peer)
+        msg = MasterList(self._masters, not self._search.peer)
         for endpoint in endpoints:
             self.system.ref("frontend", endpoint).tell(msg, urgent=True)

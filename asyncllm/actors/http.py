@@ -18,9 +18,9 @@ from aiohttp import HttpVersion11, web
 
 from asyncllm import __version__
 from asyncllm.actors.access import AccessControl
-from asyncllm.actors.body import read_body
-from asyncllm.actors.connection import Doors, Handler, Lookout
+from asyncllm.actors.connection import ConnectionWatcher, Handler, HttpListeners
 from asyncllm.actors.exchange import ChunkedWriter, Exchange
+from asyncllm.actors.request_body import read_body
 from asyncllm.api.anthropic import models as anthropic_models
 from asyncllm.api.anthropic import reply as anthropic_reply
 from asyncllm.api.anthropic import request as anthropic
@@ -39,7 +39,7 @@ from asyncllm.api.openapi import document as openapi
 from asyncllm.api.openapi import welcome
 from asyncllm.api.responses import request as responses
 from asyncllm.api.responses.reply import ResponseReply
-from asyncllm.api.responses.store import Store
+from asyncllm.api.responses.store import ResponseStore
 from asyncllm.api.tgi import reply as tgi_reply
 from asyncllm.api.tgi import request as tgi
 from asyncllm.api.tgi.reply import TgiReply
@@ -84,20 +84,20 @@ STREAM_HEADERS: Final = {
 Parsed = tuple[GenerationRequest, Callable[[Answer], Reply]]
 
 
-class Routes:
+class HttpRoutes:
     """The routes of one frontend."""
 
     def __init__(self, front: Frontend) -> None:
         self._front = front
         self._access = AccessControl(front.access)
-        self._store = Store(front.others.owner_of)
+        self._store = ResponseStore(front.others.owner_of)
         self._max_values = json_body.most_values(front.served.max_len)
-        self._lookout = Lookout()
+        self._lookout = ConnectionWatcher()
 
-    def doors(self) -> Doors:
+    def doors(self) -> HttpListeners:
         """What serves these routes on sockets."""
         limits = self._front.limits
-        return Doors(
+        return HttpListeners(
             self.app(),
             self._guard,
             self._never_a_request,

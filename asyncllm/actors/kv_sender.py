@@ -15,29 +15,43 @@ from functools import partial
 
 import zmq
 
-from asyncllm.actors.kv_loop import IDLE_MS, PIECE, Mover, Outgoing, Share, Times, bounds
-from asyncllm.actors.transport import Keys, Monitor, Socket, ipv6, known_to
-from asyncllm.codec import CodecError, Message, decode, encode
-from asyncllm.core.kv_moving import Impossible, Lot, OpenExport, PageOutbox, Portion
-from asyncllm.engine.kv_pages import Pages, Strips
-from asyncllm.engine.kv_pair import Pair
-from asyncllm.engine.kv_ways import NCCL, P2P, TCP, Ways
-from asyncllm.messages import Computed, Export, Forget, Sent, StepOver
-from asyncllm.messages.transfer import (
-    Admitted,
-    Alive,
-    Caller,
-    Filled,
-    Known,
-    Over,
-    Piece,
-    Pull,
-    Ready,
-    Refused,
-    Sending,
-    Taken,
+from asyncllm.actors.kv_thread import (
+    IDLE_MS,
+    PIECE,
+    ControlQueue,
+    KvShard,
+    TransferThread,
+    TransferTimeouts,
+    bounds,
 )
-from asyncllm.records import Destination
+from asyncllm.actors.transport import CurveKeys, Monitor, Socket, ipv6, known_to
+from asyncllm.codec import CodecError, Message, decode, encode
+from asyncllm.core.kv_transfer_state import (
+    ExportChunk,
+    ExportTable,
+    OpenExport,
+    PageRange,
+    ProtocolViolation,
+)
+from asyncllm.engine.kv_pages import PageBuffers, SliceSet
+from asyncllm.engine.kv_pair import RankPair
+from asyncllm.engine.kv_transports import NCCL, P2P, TCP, KvTransports
+from asyncllm.messages import CancelTransfer, ExportKv, KvComputed, KvSent, StepFinished
+from asyncllm.messages.transfer import (
+    EpochClosed,
+    EpochOpened,
+    PageAnnounced,
+    PageBytes,
+    PageFilled,
+    PageReceived,
+    PullPage,
+    SenderAdmitted,
+    SenderHello,
+    StoreValue,
+    TransferHeartbeat,
+    TransferRefused,
+)
+from asyncllm.records import KvDestination
 
 AGAIN_S = 0.3  # between two attempts to connect
 MOST_FRAMES = 64  # read per iteration from one taker
@@ -46,7 +60,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class _Cargo:
+class _OutgoingPage:
     """A portion that has been announced.
 
     Attributes:
@@ -59,7 +73,7 @@ class _Cargo:
         at: bytes that the socket has accepted.
     """
 
-    portion: Portion
+    portion: PageRange
     nbytes: int
     pulled: bool = False
     copied: bool = False
@@ -71,7 +85,7 @@ class _Cargo:
 
 
 @dataclass(slots=True, eq=False)
-class _Line:
+class _ReceiverConnection:
     """The connection to one rank of a decode node.
 
     Attributes:
@@ -90,7 +104,7 @@ class _Line:
     address: str
     tp: int
     rank: int
-    strips: Strips
+    strips: SliceSet
     heard: float
     sock: Socket | None = None
     monitor: Monitor | None = None
@@ -99,17 +113,17 @@ class _Line:
     way: str = ""
     tokens: int = 0
     next: int = 0
-    pair: Pair | None = None
-    lots: list[Lot] = field(default_factory=list)
-    cargo: dict[int, _Cargo] = field(default_factory=dict)
+    pair: RankPair | None = None
+    lots: list[ExportChunk] = field(default_factory=list)
+    cargo: dict[int, _OutgoingPage] = field(default_factory=dict)
     next_up: deque[int] = field(default_factory=deque)
     filled: deque[int] = field(default_factory=deque)
-    leaving: dict[int, _Cargo] = field(default_factory=dict)
-    control: Outgoing = field(default_factory=Outgoing)
+    leaving: dict[int, _OutgoingPage] = field(default_factory=dict)
+    control: ControlQueue = field(default_factory=ControlQueue)
     epochs: dict[int, int] = field(default_factory=dict)
 
 
-class Sender(Mover):
+class KvSender(TransferThread):
     """See the module.
 
     Args:
@@ -119,40 +133,42 @@ class Sender(Mover):
 
     def __init__(
         self,
-        share: Share,
-        pages: Pages,
-        ways: Ways,
-        times: Times | None = None,
+        share: KvShard,
+        pages: PageBuffers,
+        ways: KvTransports,
+        times: TransferTimeouts | None = None,
         *,
-        keys: Sequence[Keys],
+        keys: Sequence[CurveKeys],
     ) -> None:
-        super().__init__(share, pages, times or Times(), zmq.Context())
+        super().__init__(share, pages, times or TransferTimeouts(), zmq.Context())
         self._keys, self._ways = keys, ways
-        self._outbox = PageOutbox()
-        self._lines: dict[tuple[str, str], _Line] = {}
-        self._to: dict[int, list[_Line]] = {}  # by rid
+        self._outbox = ExportTable()
+        self._lines: dict[tuple[str, str], _ReceiverConnection] = {}
+        self._to: dict[int, list[_ReceiverConnection]] = {}  # by rid
         self._partners: dict[int, tuple[int, ...]] = {}  # by the other server's tp
-        self._ending: list[_Line] = []  # connections whose pages may still be read
+        self._ending: list[_ReceiverConnection] = []  # connections whose pages may still be read
         self._stamp = 0  # the last one; each is used once
 
     # -- from the scheduler ------------------------------------------------------------------------
 
     def take(self, msg: Message) -> None:
         match msg:
-            case Export(rid, to):
+            case ExportKv(rid, to):
                 self._export(rid, to)
-            case Computed():
-                lot = Lot(msg.rid, msg.seq, msg.step, msg.start, array("i", msg.slots), left=0)
+            case KvComputed():
+                lot = ExportChunk(
+                    msg.rid, msg.seq, msg.step, msg.start, array("i", msg.slots), left=0
+                )
                 self._ready(self._outbox.computed(lot))
-            case StepOver(step):
+            case StepFinished(step):
                 for lot in self._outbox.step_over(step):
                     self._ready(lot)
-            case Forget(rid):
+            case CancelTransfer(rid):
                 self._drop(rid, "its request has ended there")
             case _:  # others are for the taker
                 raise TypeError(type(msg).__name__)
 
-    def _export(self, rid: int, to: Destination) -> None:
+    def _export(self, rid: int, to: KvDestination) -> None:
         tp = to.wire.tp
         if tp not in self._partners:
             self._partners[tp] = self.share.partners(tp, sent=True)
@@ -164,13 +180,13 @@ class Sender(Mover):
         for line in self._to[rid]:
             line.epochs[to.epoch] = rid
             if line.sock is not None:
-                self._tell(line, Sending(to.epoch))
+                self._tell(line, EpochOpened(to.epoch))
 
-    def _ready(self, lot: Lot | None) -> None:
+    def _ready(self, lot: ExportChunk | None) -> None:
         if lot is None:
             return
         if lot.is_over():
-            self.say(Sent(lot.rid, self.share.rank, lot.seq))
+            self.say(KvSent(lot.rid, self.share.rank, lot.seq))
             return
         export = self._outbox.exports[lot.rid]
         if lot.end == export.length:
@@ -181,15 +197,15 @@ class Sender(Mover):
             else:
                 line.lots.append(lot)
 
-    def _announce(self, line: _Line, lot: Lot) -> None:
+    def _announce(self, line: _ReceiverConnection, lot: ExportChunk) -> None:
         for portion in self._outbox.divide(lot, line.tokens):
             line.next += 1
-            line.cargo[line.next] = _Cargo(portion, portion.count * line.strips.width)
+            line.cargo[line.next] = _OutgoingPage(portion, portion.count * line.strips.width)
             if line.way != TCP:  # it lies ready by the time that there is room for it
                 line.next_up.append(line.next)
             self._tell(
                 line,
-                Ready(
+                PageAnnounced(
                     number=line.next,
                     epoch=portion.epoch,
                     first=portion.first,
@@ -197,7 +213,7 @@ class Sender(Mover):
                 ),
             )
 
-    def _drop(self, rid: int, why: str, silent: _Line | None = None) -> None:
+    def _drop(self, rid: int, why: str, silent: _ReceiverConnection | None = None) -> None:
         """Send nothing more of a request."""
         export = self._outbox.exports.get(rid)
         if export is None:
@@ -208,22 +224,22 @@ class Sender(Mover):
                 if cargo.portion.epoch == export.epoch:
                     self._unload(line, number)
             if line is not silent and line.sock is not None:
-                self._tell(line, Over(export.epoch, why))
+                self._tell(line, EpochClosed(export.epoch, why))
         for lot in self._outbox.drop(rid):
-            self.say(Sent(rid, self.share.rank, lot.seq))
+            self.say(KvSent(rid, self.share.rank, lot.seq))
 
-    def _unload(self, line: _Line, number: int) -> None:
+    def _unload(self, line: _ReceiverConnection, number: int) -> None:
         """Drop a portion; its page becomes free as soon as nothing reads it."""
         cargo = line.cargo.pop(number)
         if not cargo.busy:
             self._free(line, cargo)
 
-    def _free(self, line: _Line, cargo: _Cargo) -> None:
+    def _free(self, line: _ReceiverConnection, cargo: _OutgoingPage) -> None:
         if cargo.page is not None:
             self.pool.give(line.address, cargo.page)
             cargo.page = None
 
-    def _complete(self, line: _Line, epoch: int) -> None:
+    def _complete(self, line: _ReceiverConnection, epoch: int) -> None:
         """A taker has everything it needs of a request."""
         if (rid := line.epochs.pop(epoch, None)) is None:
             return
@@ -241,16 +257,16 @@ class Sender(Mover):
 
     # -- connections -------------------------------------------------------------------------------
 
-    def _line(self, to: Destination, rank: int) -> _Line:
+    def _line(self, to: KvDestination, rank: int) -> _ReceiverConnection:
         key = to.node, to.addresses[rank]
         if (line := self._lines.get(key)) is None:
             strips = self.share.strips(to.wire.tp, rank, sent=True)
-            line = _Line(*key, to.wire.tp, rank, strips, self.clock.now)
+            line = _ReceiverConnection(*key, to.wire.tp, rank, strips, self.clock.now)
             self._lines[key] = line
             self._connect(line)
         return line
 
-    def _connect(self, line: _Line) -> None:
+    def _connect(self, line: _ReceiverConnection) -> None:
         sock = self.ctx.socket(zmq.DEALER)
         line.monitor = Monitor(sock, zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
         sock.setsockopt(zmq.RECONNECT_IVL, -1)  # a new connection would be a new peer
@@ -269,7 +285,7 @@ class Sender(Mover):
         share = self.share
         self._tell(
             line,
-            Caller(
+            SenderHello(
                 node=line.node,
                 name=share.name,
                 wire=share.wire,
@@ -280,9 +296,9 @@ class Sender(Mover):
             ),
         )
         for epoch in line.epochs:
-            self._tell(line, Sending(epoch))
+            self._tell(line, EpochOpened(epoch))
 
-    def _disconnect(self, line: _Line) -> None:
+    def _disconnect(self, line: _ReceiverConnection) -> None:
         if line.monitor is not None:
             line.monitor.close()
         if line.sock is not None:
@@ -292,7 +308,7 @@ class Sender(Mover):
         line.control.clear()
         line.again = self.clock.now + AGAIN_S
 
-    def _hang_up(self, line: _Line, why: str) -> None:
+    def _hang_up(self, line: _ReceiverConnection, why: str) -> None:
         """The other side is gone or unusable: disconnect."""
         if self._lines.pop((line.node, line.address), None) is None:
             return
@@ -308,7 +324,7 @@ class Sender(Mover):
             line.pair.close()
             self._ending.append(line)
 
-    def _tell(self, line: _Line, msg: Message) -> None:
+    def _tell(self, line: _ReceiverConnection, msg: Message) -> None:
         line.control.say(msg, self.clock.now)
 
     # -- what comes in -----------------------------------------------------------------------------
@@ -322,13 +338,13 @@ class Sender(Mover):
             if line.monitor is not None and line.monitor.take():
                 self._gone(line)
 
-    def _gone(self, line: _Line) -> None:
+    def _gone(self, line: _ReceiverConnection) -> None:
         if line.way:
             self._hang_up(line, "its connection is closed")
         else:
             self._disconnect(line)  # it may not listen yet, or with another of the keys
 
-    def _read(self, line: _Line) -> None:
+    def _read(self, line: _ReceiverConnection) -> None:
         for _ in range(MOST_FRAMES):
             if line.sock is None:
                 return
@@ -340,14 +356,14 @@ class Sender(Mover):
                 msg = decode(raw)
                 line.heard = self.clock.now
                 self._hear(line, msg)
-            except (CodecError, Impossible) as error:
+            except (CodecError, ProtocolViolation) as error:
                 self.counts.refused += 1
                 self._hang_up(line, str(error))
                 return
 
-    def _hear(self, line: _Line, msg: Message) -> None:
+    def _hear(self, line: _ReceiverConnection, msg: Message) -> None:
         match msg:
-            case Admitted(way, tokens) if not line.way and way in self._ways.names:
+            case SenderAdmitted(way, tokens) if not line.way and way in self._ways.names:
                 line.way, line.tokens = way, tokens
                 line.tokens = min(tokens, max(1, self.pages.size // max(1, line.strips.width)))
                 if way == NCCL:
@@ -355,32 +371,32 @@ class Sender(Mover):
                 lots, line.lots = line.lots, []
                 for lot in lots:
                     self._announce(line, lot)
-            case Pull(number) if line.way:
+            case PullPage(number) if line.way:
                 if (cargo := line.cargo.get(number)) is not None:
                     if cargo.pulled:
-                        raise Impossible(f"portion {number} is pulled twice")
+                        raise ProtocolViolation(f"portion {number} is pulled twice")
                     cargo.pulled = True
                     if line.way == TCP:
                         line.next_up.append(number)
                     elif cargo.copied:
                         self._go(line, number, cargo)
-            case Taken(number) if line.way:
+            case PageReceived(number) if line.way:
                 self._taken(line, number)
-            case Over(epoch, ""):
+            case EpochClosed(epoch, ""):
                 self._complete(line, epoch)
-            case Over(epoch, why):
+            case EpochClosed(epoch, why):
                 if epoch in line.epochs:
                     self._drop(line.epochs[epoch], why, silent=line)
-            case Known(key, value) if line.pair is not None:
+            case StoreValue(key, value) if line.pair is not None:
                 line.pair.known(key, value)
-            case Alive():
+            case TransferHeartbeat():
                 pass
-            case Refused(why):
+            case TransferRefused(why):
                 self._hang_up(line, f"it refuses them: {why}")
             case _:
-                raise Impossible(f"a {type(msg).__name__} that it cannot have meant")
+                raise ProtocolViolation(f"a {type(msg).__name__} that it cannot have meant")
 
-    def _taken(self, line: _Line, number: int) -> None:
+    def _taken(self, line: _ReceiverConnection, number: int) -> None:
         cargo = line.cargo.get(number)
         if cargo is None:
             return  # of a request that has been dropped
@@ -392,9 +408,9 @@ class Sender(Mover):
             cargo.portion.lot.copying += 1
             self._copied(cargo.portion)
 
-    def _copied(self, portion: Portion) -> None:
+    def _copied(self, portion: PageRange) -> None:
         if self._outbox.copied(portion):
-            self.say(Sent(portion.lot.rid, self.share.rank, portion.lot.seq))
+            self.say(KvSent(portion.lot.rid, self.share.rank, portion.lot.seq))
 
     # -- what goes out -----------------------------------------------------------------------------
 
@@ -449,7 +465,7 @@ class Sender(Mover):
                 )
                 self.copies.watch(copied, partial(self._filled, line, number, cargo))
 
-    def _filled(self, line: _Line, number: int, cargo: _Cargo) -> None:
+    def _filled(self, line: _ReceiverConnection, number: int, cargo: _OutgoingPage) -> None:
         cargo.busy, cargo.copied = False, True
         self._copied(cargo.portion)
         assert cargo.page is not None
@@ -460,14 +476,14 @@ class Sender(Mover):
         elif cargo.pulled or line.way == P2P:
             self._go(line, number, cargo)
 
-    def _go(self, line: _Line, number: int, cargo: _Cargo) -> None:
+    def _go(self, line: _ReceiverConnection, number: int, cargo: _OutgoingPage) -> None:
         """Its bytes are in a page, and the taker has room for them, or looks for it."""
         assert cargo.page is not None
         self.counts.sent_bytes += cargo.nbytes
         self.counts.sent_pages += 1
         self._tell(
             line,
-            Filled(number=number, page=cargo.page, nbytes=cargo.nbytes, stamp=cargo.stamp),
+            PageFilled(number=number, page=cargo.page, nbytes=cargo.nbytes, stamp=cargo.stamp),
         )
         if line.way == TCP:
             line.filled.append(number)
@@ -475,10 +491,10 @@ class Sender(Mover):
             cargo.busy, line.leaving[number] = True, cargo
             line.pair.send(number, self.pages.device(cargo.page)[: cargo.nbytes])
 
-    def _step(self, line: _Line, pair: Pair) -> None:
+    def _step(self, line: _ReceiverConnection, pair: RankPair) -> None:
         """Advance the operations of communicators."""
         for key, value in pair.to_tell():
-            self._tell(line, Known(key, value))
+            self._tell(line, StoreValue(key, value))
         for number in pair.done(self.clock.now):
             cargo = line.leaving.pop(number)
             cargo.busy = False
@@ -486,7 +502,7 @@ class Sender(Mover):
         if pair.failed:
             self._hang_up(line, pair.failed)
 
-    def _flush(self, line: _Line) -> bool:
+    def _flush(self, line: _ReceiverConnection) -> bool:
         """Send what the socket accepts; returns whether there is more."""
         assert line.sock is not None
         try:
@@ -505,11 +521,11 @@ class Sender(Mover):
             return True
         return False
 
-    def _send_piece(self, sock: Socket, number: int, cargo: _Cargo) -> None:
+    def _send_piece(self, sock: Socket, number: int, cargo: _OutgoingPage) -> None:
         assert cargo.page is not None
         end = min(cargo.at + PIECE, cargo.nbytes)
         piece = self.pages.host(cargo.page)[cargo.at : end]
-        sock.send_multipart([encode(Piece(number, cargo.at)), piece], zmq.NOBLOCK)
+        sock.send_multipart([encode(PageBytes(number, cargo.at)), piece], zmq.NOBLOCK)
         cargo.at = end
 
     # -- time --------------------------------------------------------------------------------------
@@ -525,7 +541,7 @@ class Sender(Mover):
             elif why := line.control.stuck(now, self.times.lapse_s):
                 self._hang_up(line, f"it {why}")
             elif now - line.control.said > self.times.alive_s:
-                self._tell(line, Alive())
+                self._tell(line, TransferHeartbeat())
 
     def shut(self) -> None:
         for line in self._lines.values():

@@ -10,16 +10,16 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar, assert_never
 
 from asyncllm.actors.base import Actor
-from asyncllm.actors.kv_loop import Mover
+from asyncllm.actors.kv_thread import TransferThread
 from asyncllm.codec import Message
 from asyncllm.messages import (
-    Computed,
-    Export,
-    Forget,
-    Import,
-    Listening,
+    CancelTransfer,
+    ExportKv,
+    ImportKv,
+    KvComputed,
+    KvListening,
     Probe,
-    StepOver,
+    StepFinished,
     TransferStats,
 )
 
@@ -27,7 +27,7 @@ DRAINED_S = 4.0
 
 T = TypeVar("T")
 
-TransferInbox = Import | Export | Computed | Forget | StepOver | Probe
+TransferInbox = ImportKv | ExportKv | KvComputed | CancelTransfer | StepFinished | Probe
 
 
 class KvTransfer(Actor[TransferInbox]):
@@ -38,10 +38,10 @@ class KvTransfer(Actor[TransferInbox]):
         address: where senders connect to it; "": it is a sender itself.
     """
 
-    remote = frozenset({Import, Export, Computed, Forget})
+    remote = frozenset({ImportKv, ExportKv, KvComputed, CancelTransfer})
     orders = frozenset({Probe})
 
-    def __init__(self, mover: Mover, address: str = "") -> None:
+    def __init__(self, mover: TransferThread, address: str = "") -> None:
         super().__init__("kv_transfer")
         self._mover, self._address = mover, address
         self._stopped = False
@@ -60,13 +60,13 @@ class KvTransfer(Actor[TransferInbox]):
         )
         if self._address:
             wire = self._mover.share.wire
-            system.at_coordinator("agent").tell(Listening(system.endpoint, self._address, wire))
+            system.at_coordinator("agent").tell(KvListening(system.endpoint, self._address, wire))
 
     def receive(self, batch: list[TransferInbox]) -> None:
         moving: list[Message] = []
         for msg in batch:
             match msg:
-                case Import() | Export() | Computed() | Forget() | StepOver():
+                case ImportKv() | ExportKv() | KvComputed() | CancelTransfer() | StepFinished():
                     moving.append(msg)
                 case Probe(query):
                     self._watchdog.tell(self._stats(query))

@@ -9,16 +9,16 @@ from typing import assert_never
 
 from asyncllm.actors.base import Actor
 from asyncllm.core import lockstep
-from asyncllm.messages import Agreed, JoinStep, Offer
+from asyncllm.messages import JoinStep, OfferStep, StepAgreed
 
 
-class Lockstep(Actor[Offer]):
+class Lockstep(Actor[OfferStep]):
     """One per server whose groups share experts, on the coordinator.
 
     It answers while the previous step runs: schedulers plan two steps ahead, so no device idles.
     """
 
-    remote = frozenset({Offer})
+    remote = frozenset({OfferStep})
 
     def __init__(self) -> None:
         super().__init__("lockstep")
@@ -31,19 +31,19 @@ class Lockstep(Actor[Offer]):
         self._schedulers = [self.system.ref("scheduler", endpoint) for endpoint in leaders]
         self.core = lockstep.StepAgreement(len(leaders))
 
-    def receive(self, batch: list[Offer]) -> None:
+    def receive(self, batch: list[OfferStep]) -> None:
         for msg in batch:
             match msg:
-                case Offer():
+                case OfferStep():
                     self._offer(msg)
                 case _:
                     assert_never(msg)
 
-    def possible(self, msg: Offer) -> bool:
+    def possible(self, msg: OfferStep) -> bool:
         """Whether it is from a leader."""
         return msg.endpoint in self._group_of
 
-    def _offer(self, msg: Offer) -> None:
+    def _offer(self, msg: OfferStep) -> None:
         group = self._group_of[msg.endpoint]
         try:
             asked, common = self.core.offer(group, msg.step, msg.num_tokens, msg.mixed)
@@ -53,6 +53,6 @@ class Lockstep(Actor[Offer]):
         for other in asked:
             self._schedulers[other].tell(JoinStep(msg.step), urgent=True)
         if common is not None:
-            agreed = Agreed(step=common.step, num_tokens=common.num_tokens, mixed=common.mixed)
+            agreed = StepAgreed(step=common.step, num_tokens=common.num_tokens, mixed=common.mixed)
             for scheduler in self._schedulers:
                 scheduler.tell(agreed, urgent=True)

@@ -18,32 +18,32 @@ from typing import assert_never
 
 from asyncllm.actors.base import Actor
 from asyncllm.actors.channel import Channel
-from asyncllm.actors.peers import Card, PeerJoined, PeerLeft, PeerRefused, Received
+from asyncllm.actors.peer_messages import PeerInfo, PeerJoined, PeerLeft, PeerMessage, PeerRefused
 from asyncllm.codec import Message
-from asyncllm.core.metrics import Process, Registered
+from asyncllm.core.metrics import ProcessCounters, RegistryMetrics
 from asyncllm.errors import StartupError
 from asyncllm.messages import (
-    Announce,
+    AnnounceMaster,
     Cancel,
-    Claim,
-    Claimed,
-    Denied,
-    MasterAt,
-    Masters,
-    Seek,
-    Sought,
+    FindRendezvous,
+    LeaseDenied,
+    LeasePort,
+    MasterAddress,
+    MasterList,
+    PortLeased,
+    RendezvousFound,
 )
 
 MASTER, TENANT = "pd_master", "group"
 GUIDED = (MASTER, "prefill", "decode")  # roles that get the list of masters
 
-Inbox = Received | PeerJoined | PeerLeft | PeerRefused
+Inbox = PeerMessage | PeerJoined | PeerLeft | PeerRefused
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Port:
+class _PortLease:
     """The rendezvous port of a server's ranks."""
 
     peer: int
@@ -63,14 +63,14 @@ class Registry(Actor[Inbox]):
     """
 
     capacity = 65536
-    foreign = frozenset({Announce, Cancel, Claim, Seek})
+    foreign = frozenset({AnnounceMaster, Cancel, LeasePort, FindRendezvous})
 
     def __init__(self, channel: Channel, open_store: Callable[[str, int], object]) -> None:
         super().__init__("registry")
         self._channel, self._open_store = channel, open_store
-        self._cards: dict[int, Card] = {}  # of all connected servers
-        self._masters: dict[int, MasterAt] = {}  # masters that have registered
-        self._ports: dict[int, _Port] = {}
+        self._cards: dict[int, PeerInfo] = {}  # of all connected servers
+        self._masters: dict[int, MasterAddress] = {}  # masters that have registered
+        self._ports: dict[int, _PortLease] = {}
         self._seeking: dict[int, int] = {}  # peer -> port
         self._gone = Counter(dict.fromkeys((*GUIDED, TENANT), 0))  # by role, since the start
         self._denied = 0
@@ -87,7 +87,7 @@ class Registry(Actor[Inbox]):
     def receive(self, batch: list[Inbox]) -> None:
         for msg in batch:
             match msg:
-                case Received(peer, told):
+                case PeerMessage(peer, told):
                     if peer in self._cards:
                         self._told(peer, told)
                 case PeerJoined(peer, card):
@@ -103,14 +103,14 @@ class Registry(Actor[Inbox]):
 
     def _told(self, peer: int, told: Message) -> None:
         match told:
-            case Announce():
+            case AnnounceMaster():
                 self._announced(peer, told)
             case Cancel():
                 for master in self._masters.keys() - {peer}:
                     self.system.ref("guide", master).tell(told, urgent=True)
-            case Claim():
+            case LeasePort():
                 self._claim(peer, told)
-            case Seek(port):
+            case FindRendezvous(port):
                 self._seeking[peer] = port
                 self._say_where(port)
             case other:
@@ -139,16 +139,16 @@ class Registry(Actor[Inbox]):
         ]
         return json.dumps({"pd_masters": masters, "nodes": nodes, "groups": groups}).encode()
 
-    def registered(self, process: Process) -> Registered:
+    def registered(self, process: ProcessCounters) -> RegistryMetrics:
         """The same as metrics, with those of the process."""
         present = dict.fromkeys((*GUIDED, TENANT), 0) | Counter(
             card.role for card in self._cards.values()
         )
-        return Registered(present, self._gone, len(self._ports), self._denied, process)
+        return RegistryMetrics(present, self._gone, len(self._ports), self._denied, process)
 
     # -- who comes and goes -----------------------------------------------------------------------
 
-    def _complaint(self, card: Card) -> str | None:
+    def _complaint(self, card: PeerInfo) -> str | None:
         """Why a connecting server is refused, or None. One that has restarted replaces its former
         self."""
         if card.role not in (*GUIDED, TENANT):
@@ -159,7 +159,7 @@ class Registry(Actor[Inbox]):
                 self._channel.drop(peer, "another process has its address")
         return None
 
-    def _left(self, peer: int, card: Card, why: str) -> None:
+    def _left(self, peer: int, card: PeerInfo, why: str) -> None:
         self._gone[card.role] += self._cards.pop(peer, None) is not None
         self._seeking.pop(peer, None)
         for port in [port for port, held in self._ports.items() if held.peer == peer]:
@@ -169,26 +169,26 @@ class Registry(Actor[Inbox]):
             log.warning("%s is lost: %s", card, why)
             self._say_masters(*self._cards)
 
-    def _announced(self, peer: int, msg: Announce) -> None:
+    def _announced(self, peer: int, msg: AnnounceMaster) -> None:
         card = self._cards[peer]
         if card.role != MASTER:
             self._channel.drop(peer, f"it is no {MASTER}, but {card.role}")
             return
-        self._masters[peer] = MasterAt(
+        self._masters[peer] = MasterAddress(
             id=card.incarnation, address=card.name, host=msg.host, port=msg.port, since=time()
         )
         log.info("%s has registered; nodes reach it at %s:%d", card, msg.host, msg.port)
         self._say_masters(*self._cards)
 
     def _say_masters(self, *peers: int) -> None:
-        msg = Masters(tuple(self._masters.values()))
+        msg = MasterList(tuple(self._masters.values()))
         for peer in peers:
             if self._cards[peer].role in GUIDED:
                 self.system.ref("guide", peer).tell(msg)
 
     # -- where ranks meet -------------------------------------------------------------------------
 
-    def _claim(self, peer: int, msg: Claim) -> None:
+    def _claim(self, peer: int, msg: LeasePort) -> None:
         """Lease a port to a server for as long as it is connected."""
         owner = self._cards[peer].name
         held = self._ports.get(msg.port)
@@ -204,15 +204,15 @@ class Registry(Actor[Inbox]):
             self._deny(peer, msg.port, str(error))
             return
         log.info("the ranks of %s meet at port %d", owner, msg.port)
-        made = _Port(peer, owner, msg.meets, time(), store)
+        made = _PortLease(peer, owner, msg.meets, time(), store)
         self._ports[msg.port] = made if held is None else replace(held, meets=msg.meets)
-        self.system.ref("tenant", peer).tell(Claimed(msg.port))
+        self.system.ref("tenant", peer).tell(PortLeased(msg.port))
         self._say_where(msg.port)
 
     def _deny(self, peer: int, port: int, why: str) -> None:
         self._denied += 1
         log.warning("port %d is not for %s: %s", port, self._cards[peer].name, why)
-        self.system.ref("tenant", peer).tell(Denied(port, why))
+        self.system.ref("tenant", peer).tell(LeaseDenied(port, why))
 
     def _say_where(self, port: int) -> None:
         """Send a server's first node's address to those of its nodes that have asked."""
@@ -221,7 +221,7 @@ class Registry(Actor[Inbox]):
             assert held is not None
             if held.meets:
                 del self._seeking[peer]
-                self.system.ref("tenant", peer).tell(Sought(port, held.meets))
+                self.system.ref("tenant", peer).tell(RendezvousFound(port, held.meets))
 
 
 def _iso(seconds: float) -> str:

@@ -11,7 +11,7 @@ import logging
 from collections import deque
 
 from asyncllm.errors import RequestError
-from asyncllm.templates import MAX_FRAME, START_S, Chats, Helper, frame
+from asyncllm.templates import MAX_FRAME, START_S, TemplateHelper, TemplateSet, frame
 
 RENDER_S = 2.0
 MINUTE_S = 60.0
@@ -20,7 +20,7 @@ MOST_DEATHS = 10  # helpers that die by themselves, per minute
 log = logging.getLogger(__name__)
 
 
-class Renderer:
+class TemplateRenderer:
     """One helper process, one chat at a time.
 
     Args:
@@ -28,18 +28,18 @@ class Renderer:
         render_s: time limit per chat; when exceeded, the helper is replaced.
     """
 
-    def __init__(self, chats: Chats, *, render_s: float = RENDER_S) -> None:
+    def __init__(self, chats: TemplateSet, *, render_s: float = RENDER_S) -> None:
         self._chats = chats
         self._render_s = render_s
         self._turn = asyncio.Lock()
-        self._helper: Helper | None = None
+        self._helper: TemplateHelper | None = None
         self._ready = False  # the helper has read the templates
         self._deaths: deque[float] = deque(maxlen=MOST_DEATHS)
 
     def start(self) -> None:
         """Start a helper for the first chat, if chats can be rendered."""
         if not self._chats.fault:
-            self._helper, self._ready = Helper(self._chats), False
+            self._helper, self._ready = TemplateHelper(self._chats), False
             self._helper.sock.setblocking(False)
 
     def stop(self) -> None:
@@ -94,7 +94,7 @@ class Renderer:
                 self.stop()
                 raise
 
-    async def _replace(self, helper: Helper) -> int:
+    async def _replace(self, helper: TemplateHelper) -> int:
         """Start a new helper; returns the exit code of the old one."""
         helper.kill()
         self._helper = None
@@ -103,7 +103,7 @@ class Renderer:
         self.start()
         return code
 
-    async def _ask(self, helper: Helper, content: bytes, seconds: float) -> bytes:
+    async def _ask(self, helper: TemplateHelper, content: bytes, seconds: float) -> bytes:
         """Send a frame and return the content of the reply."""
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(seconds):

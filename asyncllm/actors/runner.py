@@ -15,7 +15,7 @@ from typing import NoReturn, Protocol, TypeVar, assert_never
 
 from asyncllm.actors.base import Actor
 from asyncllm.errors import PlanOutOfOrder
-from asyncllm.messages import Probe, RunnerStats, StepDone, StepOver, StepPlan
+from asyncllm.messages import Probe, RunnerStats, StepDone, StepFinished, StepPlan
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ RECENT = 256  # steps over which the metrics' median times are taken
 JOIN_S = 5.0  # a device that hangs must not hang the exit
 
 
-class Pending(Protocol):
+class PendingStep(Protocol):
     """A launched step.
 
     Attributes:
@@ -43,7 +43,7 @@ class Pending(Protocol):
 class Device(Protocol):
     """One step at a time on one accelerator, or on the CPU."""
 
-    def launch(self, plan: StepPlan) -> Pending:
+    def launch(self, plan: StepPlan) -> PendingStep:
         """Queue a step behind those already launched; does not wait for it."""
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ class Runner(Actor[StepPlan | Probe]):
         self._step = 0
         self._step_ms, self._launch_ms, self._gap_ms = (_recent() for _ in range(3))
         self._unfinished: deque[tuple[float, StepPlan]] = deque()  # with launch times
-        self._waits: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
+        self._waits: queue.SimpleQueue[PendingStep | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._wait_forever, name="waiter", daemon=True)
         self._stopped = False
 
@@ -170,7 +170,7 @@ class Runner(Actor[StepPlan | Probe]):
         if self._stopped:
             return
         if self.transfers:
-            self._transfer.tell(StepOver(done.step))
+            self._transfer.tell(StepFinished(done.step))
         if self.reports:
             self._scheduler.tell(done)
 

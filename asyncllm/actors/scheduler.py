@@ -17,10 +17,10 @@ from typing import assert_never
 from asyncllm.actors.base import Actor, Ref
 from asyncllm.codec import INT32, INT64
 from asyncllm.constrain.protocol import Constraint
-from asyncllm.core.masking import Job, work
+from asyncllm.core.mask_work import Job, work
 from asyncllm.core.pacing import Pacer
 from asyncllm.core.request import SamplingParams
-from asyncllm.core.scheduling import Core
+from asyncllm.core.scheduling import SchedulerCore
 from asyncllm.core.speculation import Speculation
 from asyncllm.core.step_times import StepTimes
 from asyncllm.core.steps import Emitted, Step
@@ -30,29 +30,29 @@ from asyncllm.messages import (
     FRONTEND_SHIFT,
     MAX_COUNT,
     Abort,
-    Agreed,
-    Arrived,
-    Begin,
+    BeginDecode,
+    CancelTransfer,
+    ConstraintsAdvanced,
     Drain,
     Drained,
-    Forget,
-    Gone,
-    Granted,
+    EndpointGone,
+    GroupProgress,
+    ImportPlaced,
     JoinStep,
-    Lapsed,
+    KvArrived,
+    KvSent,
     LaunchDue,
-    Offer,
-    Placed,
+    OfferStep,
     Probe,
-    Progress,
-    Release,
+    ReleaseSlots,
     SchedulerStats,
-    Sent,
+    SlotsGranted,
+    StepAgreed,
     StepDone,
     StopHit,
     Submit,
     Tokens,
-    Worked,
+    TransferFailed,
 )
 from asyncllm.records import Failure, Logprobs
 
@@ -63,20 +63,20 @@ MASKS_S = 0.005  # a step waits for cheap masks, counted from the end of the pre
 Inbox = (
     Submit
     | Abort
-    | Granted
+    | SlotsGranted
     | StepDone
     | StopHit
-    | Begin
-    | Arrived
-    | Lapsed
-    | Sent
+    | BeginDecode
+    | KvArrived
+    | TransferFailed
+    | KvSent
     | LaunchDue
     | JoinStep
-    | Agreed
+    | StepAgreed
     | Drain
-    | Gone
+    | EndpointGone
     | Probe
-    | Worked
+    | ConstraintsAdvanced
 )
 PromptScores = tuple[int, Logprobs]  # rid, log-probabilities of some of its prompt tokens
 
@@ -86,11 +86,11 @@ class Scheduler(Actor[Inbox]):
 
     Args:
         num_lanes, num_slots, batch_max_tokens, chunked_prefill_size, eos_ids, headroom,
-            share_prompts, constraint_s, window, num_sliding, speculation: see ``Core``.
+            share_prompts, constraint_s, window, num_sliding, speculation: see ``SchedulerCore``.
         runners: endpoints of the group's runners.
         pacer: None: it knows nothing of steps yet.
         depth: steps in flight on the device.
-        constrain: see ``Constraints.of``; None: constraints are off.
+        constrain: see ``ConstraintFactory.of``; None: constraints are off.
         workers: threads for the work of constraints.
         vocab_size, max_len: limits that requests from other processes are checked against, as their
             own process has already done.
@@ -100,8 +100,8 @@ class Scheduler(Actor[Inbox]):
         in_step: the groups run each step together, see ``core.lockstep``.
     """
 
-    remote = frozenset({Submit, Abort, StopHit, Begin, Arrived, Lapsed, Sent})
-    orders = frozenset({Agreed, Drain, Gone, JoinStep, Probe})
+    remote = frozenset({Submit, Abort, StopHit, BeginDecode, KvArrived, TransferFailed, KvSent})
+    orders = frozenset({StepAgreed, Drain, EndpointGone, JoinStep, Probe})
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class Scheduler(Actor[Inbox]):
         ),
     ) -> None:
         super().__init__("scheduler")
-        self.core = Core(
+        self.core = SchedulerCore(
             num_lanes=num_lanes,
             num_slots=num_slots,
             batch_max_tokens=batch_max_tokens,
@@ -183,23 +183,23 @@ class Scheduler(Actor[Inbox]):
                 case StopHit(rid, num_tokens):
                     self._stalled = False
                     self.core.stop(rid, num_tokens)
-                case Begin() | Arrived() | Lapsed() | Sent():
+                case BeginDecode() | KvArrived() | TransferFailed() | KvSent():
                     self._moved(msg)
-                case Granted():
+                case SlotsGranted():
                     self._launch(msg)
                 case StepDone():
                     self._commit(msg)
-                case Worked():
+                case ConstraintsAdvanced():
                     self._worked(msg)
                 case LaunchDue():
                     self._due_at = inf
                 case JoinStep(step):
                     self._joins = step if step == self.core.steps + 1 else 0
-                case Agreed():
+                case StepAgreed():
                     self._agreed(msg)
                 case Drain(timeout_s):
                     self._drain(timeout_s)
-                case Gone(endpoint):
+                case EndpointGone(endpoint):
                     self._forget(endpoint)
                 case Probe(query):
                     self._watchdog.tell(self._stats(query))
@@ -323,9 +323,9 @@ class Scheduler(Actor[Inbox]):
         if released := self.core.released:
             self.core.released = []
             # not while a reservation is open: the allocator would have granted more
-            self._allocator.tell(Release(tuple(released), self.core.take_launched()))
+            self._allocator.tell(ReleaseSlots(tuple(released), self.core.take_launched()))
 
-    def _launch(self, granted: Granted) -> None:
+    def _launch(self, granted: SlotsGranted) -> None:
         self._asked = False
         step = self.core.plan(granted)
         self._tell_transfers()  # before they learn that the step is over
@@ -340,7 +340,7 @@ class Scheduler(Actor[Inbox]):
     def _offer(self, step: Step) -> None:
         """Launch the step once all groups have agreed on its size."""
         self._offered, plan = step, step.plan
-        offer = Offer(
+        offer = OfferStep(
             endpoint=self.system.endpoint,
             step=plan.step,
             num_tokens=len(plan.tokens),
@@ -348,7 +348,7 @@ class Scheduler(Actor[Inbox]):
         )
         self._lockstep.tell(offer, urgent=True)
 
-    def _agreed(self, msg: Agreed) -> None:
+    def _agreed(self, msg: StepAgreed) -> None:
         step = self._offered
         if step is None or step.plan.step != msg.step:
             self.system.reject(msg, f"step {msg.step} has not been offered")
@@ -369,19 +369,19 @@ class Scheduler(Actor[Inbox]):
                 )  # the group's first rank samples
             runner.tell(plan)
 
-    def _moved(self, msg: Begin | Arrived | Lapsed | Sent) -> None:
+    def _moved(self, msg: BeginDecode | KvArrived | TransferFailed | KvSent) -> None:
         self._stalled = False
         match msg:
-            case Begin(rid, token) if token >= self._vocab_size:
+            case BeginDecode(rid, token) if token >= self._vocab_size:
                 self.system.reject(msg, f"token {token} is not in the vocabulary")
                 self.core.abort(rid)
-            case Begin(rid, token):
+            case BeginDecode(rid, token):
                 self.core.begin(rid, token)
-            case Arrived(rid, rank):
+            case KvArrived(rid, rank):
                 self.core.arrived(rid, rank)
-            case Lapsed(rid, rank, why):
+            case TransferFailed(rid, rank, why):
                 self.core.lapsed(rid, rank, why)
-            case Sent(rid, rank, seq):
+            case KvSent(rid, rank, seq):
                 self.core.sent(rid, rank, seq)
 
     def _tell_transfers(self) -> None:
@@ -390,9 +390,9 @@ class Scheduler(Actor[Inbox]):
             return
         for msg in told:
             for transfer in self._transfers:
-                transfer.tell(msg, urgent=isinstance(msg, Forget))
+                transfer.tell(msg, urgent=isinstance(msg, CancelTransfer))
         for rid, hit, length in placed:
-            at = Placed(rid=rid, leader=self.system.endpoint, hit=hit, length=length)
+            at = ImportPlaced(rid=rid, leader=self.system.endpoint, hit=hit, length=length)
             self._read(rid >> FRONTEND_SHIFT).tell(at)
         told.clear()
         placed.clear()
@@ -423,10 +423,12 @@ class Scheduler(Actor[Inbox]):
             self._free -= 1
             self.spawn(self._run(jobs))
 
-    async def _run(self, jobs: list[Job]) -> Worked:
-        return Worked(tuple(await self.system.loop.run_in_executor(self._pool, work, jobs)))
+    async def _run(self, jobs: list[Job]) -> ConstraintsAdvanced:
+        return ConstraintsAdvanced(
+            tuple(await self.system.loop.run_in_executor(self._pool, work, jobs))
+        )
 
-    def _worked(self, msg: Worked) -> None:
+    def _worked(self, msg: ConstraintsAdvanced) -> None:
         self._free += 1
         self._stalled = False
         for done in msg.done:
@@ -453,7 +455,7 @@ class Scheduler(Actor[Inbox]):
             # an abort may still arrive for one whose K/V are in transit
             over = [end.rid for end in ended if end.rid not in self.core.moves.outflows]
             rids = array(INT64, begun), array(INT64, over + left)
-            self._balancer.tell(Progress(self.system.endpoint, *rids))
+            self._balancer.tell(GroupProgress(self.system.endpoint, *rids))
         begun.clear()
         ended.clear()
         left.clear()

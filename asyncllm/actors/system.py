@@ -11,12 +11,12 @@ from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
 from typing import Any
 
 from asyncllm.actors.base import AnyActor, MailboxFull, Ref
-from asyncllm.actors.channel import FIRST_PEER, Channel, Listener
-from asyncllm.actors.peers import PeerJoined, PeerLeft, PeerRefused, Received
-from asyncllm.actors.transport import Transport, Wire
+from asyncllm.actors.channel import FIRST_PEER, Channel, ChannelCallbacks
+from asyncllm.actors.peer_messages import PeerJoined, PeerLeft, PeerMessage, PeerRefused
+from asyncllm.actors.transport import Transport, TransportSettings
 from asyncllm.codec import Message, decode, encode
 from asyncllm.errors import ActorCrashed, FatalError, StartupError
-from asyncllm.log import Seldom
+from asyncllm.log import RateLimitedLog
 from asyncllm.topology import Endpoint, Topology
 
 CLOSING_S = 5.0
@@ -46,7 +46,7 @@ class ActorSystem:
     def __init__(
         self,
         endpoint: int = 0,
-        wire: Wire | None = None,
+        wire: TransportSettings | None = None,
         *,
         topology: Topology | None = None,
         encode_local: bool = False,
@@ -64,7 +64,7 @@ class ActorSystem:
         self._channel_owners: Mapping[str, str] = {}
         topology = topology or Topology((Endpoint(id=endpoint),))
         self.topology = topology.at(endpoint, self.address)
-        self._dead_log = Seldom(log)
+        self._dead_log = RateLimitedLog(log)
         self.loop.set_exception_handler(self._loop_error)
 
     @property
@@ -180,7 +180,7 @@ class ActorSystem:
                 opened.append(actor)
                 self._open(actor)
             if self._channel and not self.over:
-                self._channel.start(Listener(self._peer_changed, self._arrive_from))
+                self._channel.start(ChannelCallbacks(self._peer_changed, self._arrive_from))
             await self._ended
             orderly = True
         finally:
@@ -284,7 +284,7 @@ class ActorSystem:
             return None
         if type(msg) not in actor.foreign:
             return f"{type(msg).__name__} is not for {name} from another server"
-        received = Received(peer, msg)
+        received = PeerMessage(peer, msg)
         if not actor.possible(received):  # type: ignore[arg-type]  # it is in ``foreign``
             return f"{type(msg).__name__} is beyond the limits of {name}"
         try:

@@ -21,27 +21,27 @@ from asyncllm.actors.base import Actor
 from asyncllm.api.common.errors import NotServing
 from asyncllm.api.parsing.reasoning import prompt_state
 from asyncllm.codec import INT32
-from asyncllm.core.admission import Shares
-from asyncllm.core.cutting import encode_ends, shortened
+from asyncllm.core.admission import FairQuota
 from asyncllm.core.fair_queue import FairQueue
-from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.core.request import FinishReason, SamplingParams
+from asyncllm.core.truncation import encode_ends, shortened
 from asyncllm.errors import PromptTooLong, RequestError, ServerBusy
 from asyncllm.messages import (
     Abort,
     Accepted,
-    Compile,
-    Compiled,
-    Count,
-    Counted,
+    CompileGrammar,
+    CountTokens,
     Finished,
-    GroupGone,
+    GrammarReady,
+    GroupRemoved,
     OpenTextStream,
-    Prepared,
+    PromptEncoded,
     Submit,
     Tokenize,
+    TokensCounted,
 )
 from asyncllm.records import Failure, Overflow
-from asyncllm.text import Text
+from asyncllm.text import ModelTokenizer
 
 MOST_HEALED = 2  # tokens removed from a prompt's end, as in LightLLM
 TAIL_TOKENS = 8  # prompt ids that the detokenizer gets: more than any character needs
@@ -55,14 +55,14 @@ COUNT_S = 5.0  # requests to count that have waited longer were given up (Limits
 LIMIT_FLAG = "--max_req_total_len"
 INPUT_FLAG = "--max_req_input_len"
 
-Inbox = Tokenize | Abort | Count | Prepared | Compiled | GroupGone
+Inbox = Tokenize | Abort | CountTokens | PromptEncoded | GrammarReady | GroupRemoved
 
 
 @dataclass(slots=True, eq=False)
-class _Job:
+class _PromptJob:
     """A prompt being processed; ``alive``: those of its requests that were not aborted."""
 
-    msg: Tokenize | Count
+    msg: Tokenize | CountTokens
     alive: list[int]
     since: float  # in the loop's time
     head: str = ""  # see Prepared
@@ -87,11 +87,11 @@ class ChatRenderer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Line:
+class _JobQueue:
     """Jobs waiting for a thread, by number, and the places they take."""
 
     jobs: FairQueue[int]
-    places: Shares
+    places: FairQuota
 
 
 class Tokenizer(Actor[Inbox]):
@@ -112,12 +112,12 @@ class Tokenizer(Actor[Inbox]):
         max_queue: prompts that may wait for a thread; a long one counts as several (PLACE_CHARS).
     """
 
-    remote = frozenset({Compiled})
-    orders = frozenset({GroupGone})
+    remote = frozenset({GrammarReady})
+    orders = frozenset({GroupRemoved})
 
     def __init__(
         self,
-        text: Text,
+        text: ModelTokenizer,
         renderer: ChatRenderer,
         *,
         limit: int,
@@ -141,10 +141,10 @@ class Tokenizer(Actor[Inbox]):
         self._workers, self._time_limit_s = workers, time_limit_s
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenizer")
         self._running: dict[int, bool] = {}  # jobs with a thread -> whether they are long
-        self._jobs: dict[int, _Job] = {}
+        self._jobs: dict[int, _PromptJob] = {}
         self._job_of: dict[int, int] = {}  # rid -> job
         # jobs without a thread yet: short ones, long ones
-        self._lines = tuple(_Line(FairQueue(), Shares(max_queue)) for _ in range(2))
+        self._lines = tuple(_JobQueue(FairQueue(), FairQuota(max_queue)) for _ in range(2))
         self._last_job = 0
 
     @property
@@ -164,15 +164,15 @@ class Tokenizer(Actor[Inbox]):
     def receive(self, batch: list[Inbox]) -> None:
         for msg in batch:
             match msg:
-                case Tokenize() | Count():
+                case Tokenize() | CountTokens():
                     self._take(msg)
                 case Abort():
                     self._abort(msg)
-                case Prepared():
+                case PromptEncoded():
                     self._prepared(msg)
-                case Compiled():
+                case GrammarReady():
                     self._compiled(msg)
-                case GroupGone(_, endpoint):
+                case GroupRemoved(_, endpoint):
                     self._leaders -= {endpoint}
                     for number, job in [*self._jobs.items()]:
                         self._compiled_at(endpoint, number, job)
@@ -185,11 +185,11 @@ class Tokenizer(Actor[Inbox]):
 
     # -- waiting for a thread ----------------------------------------------------------------------
 
-    def _take(self, msg: Tokenize | Count) -> None:
+    def _take(self, msg: Tokenize | CountTokens) -> None:
         self._last_job += 1
         number = self._last_job
         rids = list(msg.rids) if isinstance(msg, Tokenize) else []
-        job = self._jobs[number] = _Job(msg, rids, self.system.loop.time())
+        job = self._jobs[number] = _PromptJob(msg, rids, self.system.loop.time())
         for rid in job.alive:
             self._job_of[rid] = number
         if isinstance(msg, Tokenize) and msg.ids is not None:
@@ -201,12 +201,12 @@ class Tokenizer(Actor[Inbox]):
         else:
             self._wait(number, job)
 
-    def _forget(self, number: int, job: _Job) -> None:
+    def _forget(self, number: int, job: _PromptJob) -> None:
         del self._jobs[number]
         for rid in job.alive:
             del self._job_of[rid]
 
-    def _wait(self, number: int, job: _Job) -> None:
+    def _wait(self, number: int, job: _PromptJob) -> None:
         client, line = job.msg.client, self._line(job.msg)
         if line.places.room(client) <= 0:
             self._drop_given_up(line)
@@ -244,36 +244,36 @@ class Tokenizer(Actor[Inbox]):
             return short
         return long if short < 0 else min(short, long)
 
-    def _line(self, msg: Tokenize | Count) -> _Line:
+    def _line(self, msg: Tokenize | CountTokens) -> _JobQueue:
         return self._lines[_places(msg) > 1]
 
-    def _given_up(self, job: _Job) -> bool:
-        return isinstance(job.msg, Count) and self.system.loop.time() - job.since > COUNT_S
+    def _given_up(self, job: _PromptJob) -> bool:
+        return isinstance(job.msg, CountTokens) and self.system.loop.time() - job.since > COUNT_S
 
-    def _drop_given_up(self, line: _Line) -> None:
+    def _drop_given_up(self, line: _JobQueue) -> None:
         for number in [each for each in line.jobs if self._given_up(self._jobs[each])]:
             job = self._jobs[number]
             self._leave_line(number, job)
             self._drop(number, job)
 
-    def _drop(self, number: int, job: _Job) -> None:
+    def _drop(self, number: int, job: _PromptJob) -> None:
         self._forget(number, job)
         self._refuse(job, Failure.of(NotServing(f"not counted within {COUNT_S:g} s")))
 
-    def _leave_line(self, number: int, job: _Job) -> None:
+    def _leave_line(self, number: int, job: _PromptJob) -> None:
         """Remove a job from its queue, if it is in one, without using up its client's turn."""
         client, line = job.msg.client, self._line(job.msg)
         if line.jobs.has(client, number):
             line.jobs.discard(client, number)
             line.places.give(client, _places(job.msg))
 
-    async def _run(self, number: int, msg: Tokenize | Count) -> Prepared:
+    async def _run(self, number: int, msg: Tokenize | CountTokens) -> PromptEncoded:
         rendered = b""
         try:
             if msg.chat is not None:
                 rendered = await self._renderer.render(msg.chat)
         except RequestError as error:
-            return Prepared(number, failure=Failure.of(error))
+            return PromptEncoded(number, failure=Failure.of(error))
         work = self.system.loop.run_in_executor(self._pool, self._ids, number, msg, rendered)
         try:
             async with asyncio.timeout(self._time_limit_s):
@@ -281,17 +281,17 @@ class Tokenizer(Actor[Inbox]):
         except TimeoutError:
             self.spawn(self._late(number, work))
             detail = f"the prompt could not be prepared in {self._time_limit_s:g} s"
-            return Prepared(number, failure=Failure(detail), frees=False)
+            return PromptEncoded(number, failure=Failure(detail), frees=False)
         except RequestError as error:
-            return Prepared(number, failure=Failure.of(error))
+            return PromptEncoded(number, failure=Failure.of(error))
 
-    async def _late(self, number: int, work: asyncio.Future[Prepared]) -> Prepared:
+    async def _late(self, number: int, work: asyncio.Future[PromptEncoded]) -> PromptEncoded:
         """Free the thread of a job that has already been answered."""
         with contextlib.suppress(RequestError):
             await work
-        return Prepared(number)
+        return PromptEncoded(number)
 
-    def _prepared(self, msg: Prepared) -> None:
+    def _prepared(self, msg: PromptEncoded) -> None:
         if msg.frees:
             del self._running[msg.job]
             self._start_some()
@@ -304,7 +304,7 @@ class Tokenizer(Actor[Inbox]):
         else:
             self._answer(msg.job, job, msg.ids)
 
-    def _compiled(self, msg: Compiled) -> None:
+    def _compiled(self, msg: GrammarReady) -> None:
         if (job := self._jobs.get(msg.job)) is None or msg.endpoint not in job.compiling:
             return
         if msg.failure is None:
@@ -313,7 +313,7 @@ class Tokenizer(Actor[Inbox]):
         self._forget(msg.job, job)
         self._refuse(job, msg.failure)
 
-    def _compiled_at(self, leader: int, number: int, job: _Job) -> None:
+    def _compiled_at(self, leader: int, number: int, job: _PromptJob) -> None:
         """Submit a request once all leaders are ready, since any group may get it."""
         if leader not in job.compiling:
             return
@@ -333,11 +333,11 @@ class Tokenizer(Actor[Inbox]):
         if not job.alive:
             del self._jobs[number]
             self._leave_line(number, job)
-        self.frontend.tell(Finished(msg.rid, Reason.ABORT))
+        self.frontend.tell(Finished(msg.rid, FinishReason.ABORT))
 
     # -- in a thread of the pool: plain data in and out --------------------------------------------
 
-    def _ids(self, number: int, msg: Tokenize | Count, rendered: bytes) -> Prepared:
+    def _ids(self, number: int, msg: Tokenize | CountTokens, rendered: bytes) -> PromptEncoded:
         """Encode a text or a chat. Raises RequestError."""
         head = ""
         try:
@@ -356,12 +356,12 @@ class Tokenizer(Actor[Inbox]):
                 prediction = own.encode(msg.prediction, False)
                 self._check_ids(prediction, "prediction")
                 self._check_prediction(len(prediction))
-            return Prepared(number, ids, head=head, cut=cut, prediction=prediction)
+            return PromptEncoded(number, ids, head=head, cut=cut, prediction=prediction)
         except UnicodeEncodeError as error:
             raise RequestError("the prompt is not valid Unicode: a lone surrogate") from error
 
     def _encoded(
-        self, text: str, encode: Callable[[str], array[int]], msg: Tokenize | Count
+        self, text: str, encode: Callable[[str], array[int]], msg: Tokenize | CountTokens
     ) -> tuple[array[int], bool]:
         """Ids of a text that has been rendered, and whether any were left out."""
         keeps = self._keeps(msg) if isinstance(msg, Tokenize) else []
@@ -375,7 +375,7 @@ class Tokenizer(Actor[Inbox]):
 
     # -- how long prompts may be -------------------------------------------------------------------
 
-    def _too_long(self, msg: Tokenize | Count) -> RequestError | None:
+    def _too_long(self, msg: Tokenize | CountTokens) -> RequestError | None:
         """The checks that need no thread."""
         try:
             if isinstance(msg, Tokenize):
@@ -388,11 +388,11 @@ class Tokenizer(Actor[Inbox]):
             return error
         return None
 
-    def _check_chars(self, num_chars: int, msg: Tokenize | Count) -> None:
+    def _check_chars(self, num_chars: int, msg: Tokenize | CountTokens) -> None:
         at_least = -(-num_chars // self._chars_per_token)
         if at_least <= self._input_limit:
             return
-        if isinstance(msg, Count):
+        if isinstance(msg, CountTokens):
             most = self._input_limit * self._chars_per_token
             raise RequestError(
                 f"at least {num_chars} characters are too many to be counted: at most {most} are,"
@@ -439,12 +439,12 @@ class Tokenizer(Actor[Inbox]):
 
     # -- answers -----------------------------------------------------------------------------------
 
-    def _answer(self, number: int, job: _Job, ids: array[int]) -> None:
+    def _answer(self, number: int, job: _PromptJob, ids: array[int]) -> None:
         """The ids are ready; a grammar must be compiled before its request is accepted."""
         msg = job.msg
-        if isinstance(msg, Count):
+        if isinstance(msg, CountTokens):
             self._forget(number, job)
-            self.frontend.tell(Counted(msg.query, ids))
+            self.frontend.tell(TokensCounted(msg.query, ids))
             return
         params = msg.params
         try:
@@ -462,7 +462,7 @@ class Tokenizer(Actor[Inbox]):
             kind, source = params.grammar
             job.compiling = set(self._leaders)
             self.grammar.tell(
-                Compile(
+                CompileGrammar(
                     endpoint=self.system.endpoint,
                     job=number,
                     kind=kind,
@@ -474,7 +474,7 @@ class Tokenizer(Actor[Inbox]):
         self._forget(number, job)
         self._submit(job, msg)
 
-    def _submit(self, job: _Job, msg: Tokenize) -> None:
+    def _submit(self, job: _PromptJob, msg: Tokenize) -> None:
         ids, params, thoughts = job.ids, job.params, ""
         if msg.reasoning:
             thoughts = prompt_state(msg.reasoning, job.head + msg.continued, msg.continued)
@@ -570,12 +570,12 @@ class Tokenizer(Actor[Inbox]):
             param="prompt",
         )
 
-    def _refuse(self, job: _Job, failure: Failure) -> None:
-        if isinstance(job.msg, Count):
-            self.frontend.tell(Counted(job.msg.query, failure=failure))
+    def _refuse(self, job: _PromptJob, failure: Failure) -> None:
+        if isinstance(job.msg, CountTokens):
+            self.frontend.tell(TokensCounted(job.msg.query, failure=failure))
             return
         # the group's first, unless that one has been aborted
-        self.frontend.tell(Finished(job.alive[0], Reason.ERROR, failure))
+        self.frontend.tell(Finished(job.alive[0], FinishReason.ERROR, failure))
 
 
 def _fitted(ids: array[int], keeps: list[tuple[int, int]]) -> tuple[array[int], bool]:
@@ -586,7 +586,7 @@ def _fitted(ids: array[int], keeps: list[tuple[int, int]]) -> tuple[array[int], 
     return ids, len(ids) < sent_len
 
 
-def _places(msg: Tokenize | Count) -> int:
+def _places(msg: Tokenize | CountTokens) -> int:
     """The number of places that it takes in the queue."""
     size = len(msg.chat if msg.chat is not None else msg.text or "")
     if isinstance(msg, Tokenize):

@@ -21,7 +21,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from asyncllm.codec import CodecError, Message, decode
 from asyncllm.errors import PeerLost, StartupError
-from asyncllm.log import Seldom
+from asyncllm.log import RateLimitedLog
 
 DRAIN_LIMIT = 256  # frames per wake, so that a flood cannot hold the loop
 HANDSHAKE_S = 5.0  # for a connection to authenticate
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Keys:
+class CurveKeys:
     """The CURVE key pair that all processes of one server share.
 
     A socket only answers those who know its public key, and only the server's own processes get it:
@@ -48,14 +48,14 @@ class Keys:
     secret: str = field(repr=False)
 
     @staticmethod
-    def make() -> Keys:
+    def make() -> CurveKeys:
         """A new pair."""
         public, secret = zmq.curve_keypair()
-        return Keys(public.decode(), secret.decode())
+        return CurveKeys(public.decode(), secret.decode())
 
 
 @dataclass(frozen=True, slots=True)
-class Wire:
+class TransportSettings:
     """How one endpoint communicates with the others.
 
     Args:
@@ -66,7 +66,7 @@ class Wire:
     """
 
     address: str
-    keys: Keys
+    keys: CurveKeys
     peers: Mapping[int, str] = field(default_factory=dict)
     advertised: str = ""
 
@@ -86,25 +86,25 @@ def ipv6(address: str) -> bool:
     return address.startswith("tcp://") and not re.fullmatch(r"tcp://[\d.]+:[\d*]+", address)
 
 
-def protected(sock: Socket, keys: Keys) -> Strangers:
+def protected(sock: Socket, keys: CurveKeys) -> HandshakeFailures:
     """Make a listening socket answer only those who know its public key.
 
     Returns:
         a counter of the others.
     """
-    strangers = Strangers(sock)
+    strangers = HandshakeFailures(sock)
     sock.setsockopt(zmq.CURVE_SERVER, 1)
     sock.setsockopt_string(zmq.CURVE_SECRETKEY, keys.secret)
     return strangers
 
 
-def known_to(sock: Socket, server: Keys, own: Keys | None = None) -> None:
+def known_to(sock: Socket, server: CurveKeys, own: CurveKeys | None = None) -> None:
     """Make a connecting socket authenticate with the public key of the other side.
 
     Args:
         own: its own pair; None: a new one.
     """
-    own = own or Keys.make()
+    own = own or CurveKeys.make()
     sock.setsockopt_string(zmq.CURVE_SERVERKEY, server.public)
     sock.setsockopt_string(zmq.CURVE_PUBLICKEY, own.public)
     sock.setsockopt_string(zmq.CURVE_SECRETKEY, own.secret)
@@ -154,7 +154,7 @@ class Monitor:
         self._events.close(0)
 
 
-class Strangers:
+class HandshakeFailures:
     """Counts connections to a listening socket that failed to authenticate.
 
     Only those that ZeroMQ calls failed are counted at once: of those that hang up, or send what is
@@ -216,11 +216,13 @@ class Transport:
         StartupError: the own address cannot be bound.
     """
 
-    def __init__(self, wire: Wire, on_message: Callable[[str, bool, Message], None]) -> None:
+    def __init__(
+        self, wire: TransportSettings, on_message: Callable[[str, bool, Message], None]
+    ) -> None:
         self._loop, self._on_message = asyncio.get_running_loop(), on_message
         self._keys = wire.keys
         self.foreign_frames = 0
-        self._foreign_log = Seldom(log)
+        self._foreign_log = RateLimitedLog(log)
         self._reading = False
         self._ctx: zmq.Context[Socket] = zmq.Context()
         self._in = self._ctx.socket(zmq.PULL)
@@ -239,7 +241,7 @@ class Transport:
         if wire.advertised:
             self.address = tcp(wire.advertised, int(self.address.rpartition(":")[2]))
         self._fd = int(self._in.getsockopt(zmq.FD))
-        self._outs: dict[int, _Out] = {}
+        self._outs: dict[int, _PeerSocket] = {}
         for peer, address in wire.peers.items():
             self.connect(peer, address)
 
@@ -255,7 +257,7 @@ class Transport:
             sock.close()
             raise ValueError(f"cannot connect to {address!r}: {error}") from error
         self.disconnect(peer)
-        self._outs[peer] = _Out(peer, sock, self._loop)
+        self._outs[peer] = _PeerSocket(peer, sock, self._loop)
 
     def disconnect(self, peer: int) -> None:
         """Forget ``peer`` and unsent frames to it."""
@@ -388,7 +390,7 @@ class Outbox:
         return True
 
 
-class _Out:
+class _PeerSocket:
     """The connection to one endpoint, with its own socket."""
 
     def __init__(self, peer: int, sock: Socket, loop: asyncio.AbstractEventLoop) -> None:

@@ -20,31 +20,38 @@ from typing import assert_never
 
 from asyncllm.actors.base import Actor
 from asyncllm.actors.membership import check_member
-from asyncllm.core.metrics import Process, ServerMetrics, State, Stats, describe_slots, gather
+from asyncllm.core.metrics import (
+    ProcessCounters,
+    ServerMetrics,
+    Stats,
+    StatsSnapshot,
+    describe_slots,
+    gather,
+)
 from asyncllm.errors import Mismatch, PeerLost
-from asyncllm.log import Seldom
+from asyncllm.log import RateLimitedLog
 from asyncllm.messages import (
     AllocatorStats,
     Cancel,
     DirectorStats,
     Drain,
     Drained,
-    Gone,
-    GroupGone,
-    GroupLost,
+    EndpointGone,
+    GroupFailed,
+    GroupRemoved,
     Halt,
     Hello,
-    Lost,
     Probe,
-    Replaced,
     RequestServed,
     RunnerStats,
     SchedulerStats,
     Scrape,
     Scraped,
+    ServerLost,
     Started,
     TransferStats,
     Welcome,
+    WorkerReplaced,
 )
 from asyncllm.topology import WORKERS, Contract
 
@@ -60,9 +67,9 @@ Inbox = (
     Hello
     | Welcome
     | Cancel
-    | Replaced
-    | GroupLost
-    | Lost
+    | WorkerReplaced
+    | GroupFailed
+    | ServerLost
     | Drain
     | Drained
     | Halt
@@ -135,7 +142,7 @@ class WatchdogConfig:
 class WatchdogHooks:
     """How a watchdog acts on the outside world; tests replace these functions.
 
-    ``beat``, ``last_beat`` and ``note`` are those of a ``Pulse``; unused with only one process.
+    ``beat``, ``last_beat`` and ``note`` are those of a ``Heartbeats``; unused with only one process.
     ``others`` returns foreign frames and strangers of the node's other processes.
     """
 
@@ -182,13 +189,13 @@ class Watchdog(Actor[Inbox]):
         self._busy: set[tuple[str, int]] | None = None
         self._deadline, self._aborting = 0.0, False
         # scrapes: at most one probe is pending; later requests get the next one
-        self._probe: _Probe | None = None
+        self._probe: _StatsCollection | None = None
         self._num_probes = 0
         self._reports: dict[tuple[str, int], Stats] = {}  # the last of each (actor, endpoint)
-        self._silent_log = Seldom(log)
+        self._silent_log = RateLimitedLog(log)
         self._scrapes: list[Scrape] = []
         self._log_wanted = False
-        self._logged, self._logged_at, self._log_due = State(), 0.0, 0.0
+        self._logged, self._logged_at, self._log_due = StatsSnapshot(), 0.0, 0.0
         # A thread, since a launch on a full queue hangs the loop and the loop's timers with it. It
         # also sends the heartbeat: the process may be alive while its loop is busy.
         self._watcher = threading.Thread(target=self._watch_forever, name="watch", daemon=True)
@@ -200,13 +207,13 @@ class Watchdog(Actor[Inbox]):
         if self._leads:
             several = REPORTER if len(topology.groups) > 1 else ()  # other leaders have metrics too
             # any node may get a signal or lose a group
-            nodes = (Drain, GroupLost) if len(topology.nodes) > 1 else ()
+            nodes = (Drain, GroupFailed) if len(topology.nodes) > 1 else ()
             self.remote = frozenset(
                 {Hello, Cancel, Drained, Scrape, RequestServed, *several, *nodes}
             )
             self._absent = {e.id for e in topology.endpoints} - {me}
         else:
-            self.remote = frozenset({Welcome, Halt, Lost})
+            self.remote = frozenset({Welcome, Halt, ServerLost})
         now = self._means.clock()
         self._due = now + self._means.tick_s
         self._beat_at = self._logged_at = now
@@ -238,11 +245,11 @@ class Watchdog(Actor[Inbox]):
                 case Cancel():
                     for endpoint in self.system.topology.placed("frontend"):
                         self.system.ref("frontend", endpoint).tell(msg)
-                case Replaced():
+                case WorkerReplaced():
                     self._replaced(msg)
-                case GroupLost(group, why):
+                case GroupFailed(group, why):
                     self._lose(group, why)
-                case Lost(why):
+                case ServerLost(why):
                     raise PeerLost(why)
                 case Drain(timeout_s):
                     self._drain(timeout_s)
@@ -270,7 +277,7 @@ class Watchdog(Actor[Inbox]):
         """Give the other HTTP processes a moment to end their streams with an error."""
         for endpoint in self._heard if self._leads else ():
             if endpoint in self.system.topology.placed("frontend"):
-                self.system.ref("watchdog", endpoint).tell(Lost(), urgent=True)
+                self.system.ref("watchdog", endpoint).tell(ServerLost(), urgent=True)
 
     def stopped(self) -> None:
         if self._timer is not None:
@@ -354,7 +361,7 @@ class Watchdog(Actor[Inbox]):
         for endpoint in endpoints:
             self.system.ref("watchdog", endpoint).tell(welcome, urgent=True)
 
-    def _replaced(self, msg: Replaced) -> None:
+    def _replaced(self, msg: WorkerReplaced) -> None:
         """An HTTP worker is replaced: stop waiting for the old one; expect the new one."""
         topology = self.system.topology.replaced(msg.endpoint, msg.by)
         self.system.join(topology)
@@ -362,7 +369,7 @@ class Watchdog(Actor[Inbox]):
         self._absent.discard(msg.endpoint)
         for name in ("balancer", "scheduler", "director"):
             for endpoint in topology.placed(name):
-                self.system.ref(name, endpoint).tell(Gone(msg.endpoint), urgent=True)
+                self.system.ref(name, endpoint).tell(EndpointGone(msg.endpoint), urgent=True)
         if msg.by is not None:
             self._absent.add(msg.by.id)
         self._drained("frontend", msg.endpoint)
@@ -383,14 +390,16 @@ class Watchdog(Actor[Inbox]):
         log.error("group %d is lost: %s; %d of %d groups serve", group, why, living, every)
         leader = topology.leader(group).id
         for rank in topology.group(group):
-            system.ref("watchdog", rank.id).tell(Lost(f"its group is lost: {why}"), urgent=True)
+            system.ref("watchdog", rank.id).tell(
+                ServerLost(f"its group is lost: {why}"), urgent=True
+            )
             self._means.kill(rank.id)
             self._heard.pop(rank.id, None)
         system.join(left)
         self._welcome(*self._heard)
         for name in ("balancer", "tokenizer", "detokenizer", "frontend"):
             for endpoint in left.placed(name):
-                system.ref(name, endpoint).tell(GroupGone(group, leader, why), urgent=True)
+                system.ref(name, endpoint).tell(GroupRemoved(group, leader, why), urgent=True)
         self._drained("scheduler", leader)
 
     def _watch_forever(self) -> None:
@@ -493,7 +502,7 @@ class Watchdog(Actor[Inbox]):
         if self._probe is not None or not (self._scrapes or self._log_wanted):
             return
         self._num_probes += 1
-        self._probe = probe = _Probe(
+        self._probe = probe = _StatsCollection(
             query=self._num_probes,
             scrapes=self._scrapes,
             log=self._log_wanted,
@@ -517,13 +526,13 @@ class Watchdog(Actor[Inbox]):
         if not probe.silent:
             self._report(probe)
 
-    def _silence(self, probe: _Probe) -> None:
+    def _silence(self, probe: _StatsCollection) -> None:
         """Timeout: answer with what has arrived, and older numbers for the rest."""
         names = ", ".join(f"{name}@{endpoint}" for name, endpoint in sorted(probe.silent))
         self._silent_log.warning("no numbers from %s within %g s", names, PROBE_S)
         self._report(probe)
 
-    def _report(self, probe: _Probe) -> None:
+    def _report(self, probe: _StatsCollection) -> None:
         self._probe = None
         topology = self.system.topology
         reports = {group: self._reports_of(group) for group in topology.groups}
@@ -539,7 +548,7 @@ class Watchdog(Actor[Inbox]):
         leader = self.system.topology.leader(group).id
         return [report for (_, endpoint), report in self._reports.items() if endpoint == leader]
 
-    def _answer(self, scrapes: list[Scrape], state: State) -> None:
+    def _answer(self, scrapes: list[Scrape], state: StatsSnapshot) -> None:
         system = self.system
         read = any(scrape.asks == "frontend" for scrape in scrapes)
         actors = [
@@ -547,7 +556,7 @@ class Watchdog(Actor[Inbox]):
         ]
         lag_ms = 1e3 * statistics.median(self._lags) if self._lags else 0.0
         counts = system.dead_letters, *system.counted(self._means.others())
-        self._metrics.update(state, Process(actors, *counts, lag_ms))
+        self._metrics.update(state, ProcessCounters(actors, *counts, lag_ms))
         text = self._metrics.exposition() if read else b""
         for scrape in scrapes:
             answer = Scraped(
@@ -558,7 +567,7 @@ class Watchdog(Actor[Inbox]):
             )
             system.ref(scrape.asks, scrape.endpoint).tell(answer, urgent=True)
 
-    def _log(self, state: State) -> None:
+    def _log(self, state: StatsSnapshot) -> None:
         """Log throughput since the last line, if there was any activity."""
         last, now = self._logged, self._means.clock()
         span = now - self._logged_at
@@ -582,7 +591,7 @@ class Watchdog(Actor[Inbox]):
 
 
 @dataclass(slots=True)
-class _Probe:
+class _StatsCollection:
     """One probe of all actors that report metrics."""
 
     query: int

@@ -2,7 +2,7 @@
 
 from asyncllm.config import roles
 from asyncllm.config.flag import Flag
-from asyncllm.config.limits import Resolved, resolve_limits
+from asyncllm.config.limits import ResolvedConfig, resolve_limits
 from asyncllm.config.options import FLAGS, OPERATION, TOPICS, Config
 
 __all__ = [
@@ -11,7 +11,7 @@ __all__ = [
     "TOPICS",
     "Config",
     "Flag",
-    "Resolved",
+    "ResolvedConfig",
     "resolve_limits",
     "roles",
 ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from asyncllm.config.cluster import SERVERS
 from asyncllm.config.flag import (
-    Needs,
+    Requirement,
     above_zero,
     api_key,
     at_least,
@@ -17,8 +17,8 @@ from asyncllm.config.flag import (
     origin,
 )
 
-CERTIFIED = Needs("--ssl_certfile", lambda c: c.ssl_certfile is not None, vital=True)
-KEYLESS = Needs("addresses, without API keys", lambda c: not (c.api_key or c.api_key_file))
+CERTIFIED = Requirement("--ssl_certfile", lambda c: c.ssl_certfile is not None, vital=True)
+KEYLESS = Requirement("addresses, without API keys", lambda c: not (c.api_key or c.api_key_file))
 
 
 @dataclass(frozen=True, kw_only=True)

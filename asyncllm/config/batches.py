@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from asyncllm.api.parsing import reasoning, tools
 from asyncllm.config import roles
-from asyncllm.config.flag import Needs, above_zero, at_least, between, flag, unit_interval
+from asyncllm.config.flag import Requirement, above_zero, at_least, between, flag, unit_interval
 
-CACHED = Needs(
+CACHED = Requirement(
     "the prompt cache, without --disable_dynamic_prompt_cache",
     lambda c: not c.disable_dynamic_prompt_cache,
 )
-GENERATES = Needs("--run_mode normal or decode", lambda c: c.run_mode in roles.GENERATE)
-GUESSES = Needs("--speculative ngram", lambda c: c.speculative == "ngram")
+GENERATES = Requirement("--run_mode normal or decode", lambda c: c.run_mode in roles.GENERATE)
+GUESSES = Requirement("--speculative ngram", lambda c: c.speculative == "ngram")
 
 
 @dataclass(frozen=True, kw_only=True)

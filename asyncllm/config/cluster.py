@@ -5,26 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from asyncllm.config import roles
-from asyncllm.config.flag import Needs, above_zero, at_least, between, flag, not_empty
-from asyncllm.core import balancing, choosing
+from asyncllm.config.flag import Requirement, above_zero, at_least, between, flag, not_empty
+from asyncllm.core import balancing, node_selection
 
 PORT = between(1, roles.MOST_PORT)
-PD_NODE = Needs("--run_mode prefill or decode", lambda c: c.run_mode in roles.NODES)
-PD_DECODE = Needs("--run_mode decode", lambda c: c.run_mode == roles.DECODE)
-PD_MASTER = Needs("--run_mode pd_master", lambda c: c.run_mode == roles.MASTER)
-PD_LISTENS = Needs("--run_mode pd_master or config_server", lambda c: c.run_mode in roles.LISTEN)
-PD_MODES = Needs(
+PD_NODE = Requirement("--run_mode prefill or decode", lambda c: c.run_mode in roles.NODES)
+PD_DECODE = Requirement("--run_mode decode", lambda c: c.run_mode == roles.DECODE)
+PD_MASTER = Requirement("--run_mode pd_master", lambda c: c.run_mode == roles.MASTER)
+PD_LISTENS = Requirement(
+    "--run_mode pd_master or config_server", lambda c: c.run_mode in roles.LISTEN
+)
+PD_MODES = Requirement(
     "--run_mode prefill, decode, pd_master or config_server, or --use_config_server_to_init_nccl",
     lambda c: c.run_mode != roles.NORMAL or c.use_config_server_to_init_nccl,
 )
-NODES = Needs("--nnodes above 1", lambda c: c.nnodes > 1)
-SERVERS = Needs(
+NODES = Requirement("--nnodes above 1", lambda c: c.nnodes > 1)
+SERVERS = Requirement(
     "--nnodes above 1, --use_config_server_to_init_nccl, or --run_mode other than normal",
     lambda c: c.nnodes > 1 or c.use_config_server_to_init_nccl or c.run_mode != roles.NORMAL,
 )
-A_NODE = Needs("--nnodes above 1", lambda c: c.nnodes > 1, vital=True)
-RANKS = Needs("--tp above 1", lambda c: c.tp > 1)
-DP_GROUPS = Needs("--dp above 1", lambda c: c.dp > 1)
+A_NODE = Requirement("--nnodes above 1", lambda c: c.nnodes > 1, vital=True)
+RANKS = Requirement("--tp above 1", lambda c: c.tp > 1)
+DP_GROUPS = Requirement("--dp above 1", lambda c: c.dp > 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ class SeparationOptions:
         "2p1d: ready with exactly so many prefill and decode nodes; no more are accepted",
     )  # fmt: skip
     select_p_d_node_strategy: str = flag(
-        choosing.CACHE_AWARE, choices=choosing.STRATEGIES, needs=PD_MASTER,
+        node_selection.CACHE_AWARE, choices=node_selection.STRATEGIES, needs=PD_MASTER,
         help="how nodes are chosen for a request; cache_aware: the prefill node that has most of "
         "its prompt cached, then the least loaded one, and the decode node with most free K/V; "
         "round_robin: in turn; adaptive_load: at random, weighted by free K/V; random",

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
+class Requirement:
     """Where an option applies; elsewhere a value other than its default causes a warning.
 
     ``vital``: without it the server would be more open than asked for, so there it is an error.
@@ -47,7 +47,7 @@ class Flag:
     nargs: Literal["+"] | None = None
     metavar: str | None = None
     aliases: tuple[str, ...] = ()
-    needs: Needs | None = None
+    needs: Requirement | None = None
     secret: bool = False
     name: str = ""
     group: str = ""

@@ -14,7 +14,7 @@ Values = Literal["none", "one", "many"]
 
 
 @dataclass(frozen=True, slots=True)
-class Foreign:
+class ForeignOption:
     """One option.
 
     Args:
@@ -95,7 +95,7 @@ _IGNORED = {
 }
 
 
-def _table() -> dict[str, Foreign]:
+def _table() -> dict[str, ForeignOption]:
     found = {}
     for refused, table in ((True, _REFUSED), (False, _IGNORED)):
         for reason, names in table.items():
@@ -103,7 +103,7 @@ def _table() -> dict[str, Foreign]:
                 name, takes, rest = word.partition("=")
                 values: Values = "many" if rest == "+" else "one" if takes else "none"
                 harmless = tuple(rest.split("|")) if rest not in ("", "+") else ()
-                found[name] = Foreign(reason, refused, values, harmless)
+                found[name] = ForeignOption(reason, refused, values, harmless)
     return found
 
 

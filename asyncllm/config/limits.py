@@ -27,7 +27,7 @@ DeviceName = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Resolved:
+class ResolvedConfig:
     """What the options mean for one model on one device; ``notes`` and ``warnings`` are for the
     log.
 
@@ -70,7 +70,7 @@ class Resolved:
                 f"--max_req_input_len {most:,} must be less than max_req_total_len, {total:,}"
             )
 
-    def with_slots(self, num_slots: int) -> Resolved:
+    def with_slots(self, num_slots: int) -> ResolvedConfig:
         """A copy for a KV cache of ``num_slots`` tokens: no request may be longer than that.
 
         Raises:
@@ -105,7 +105,7 @@ def resolve_limits(
     model_dir_names: tuple[str, ...],
     has_experts: bool,
     kv_format: str | None,
-) -> Resolved:
+) -> ResolvedConfig:
     """Determine the values that depend on the model and the device.
 
     Args:
@@ -137,7 +137,7 @@ def resolve_limits(
     names = (*config.served_model_name, config.model_name, *model_dir_names, "default")
     if not config.served_model_name and "model_name" not in config.explicit:
         names = (*model_dir_names[:1], config.model_name, "default", *model_dir_names[1:])
-    return Resolved(
+    return ResolvedConfig(
         device=device,
         dtype=_dtype(config.data_type, checkpoint_dtype),
         max_req_total_len=length,

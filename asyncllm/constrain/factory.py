@@ -25,7 +25,7 @@ def unconstrained(kind: str, text: str) -> NoReturn:
     raise RequestError(OFF)
 
 
-class Constraints:
+class ConstraintFactory:
     """Makes the constraint of each request.
 
     Args:

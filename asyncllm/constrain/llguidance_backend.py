@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from asyncllm.constrain.grammars import ebnf, regex
 from asyncllm.constrain.grammars.calls import calls_grammar
-from asyncllm.constrain.grammars.writing import Possible, schema_grammar
+from asyncllm.constrain.grammars.writing import FeasibilityChecks, schema_grammar
 from asyncllm.constrain.protocol import NO_PATH, Path
 from asyncllm.constrain.spelling import Spelling
 from asyncllm.constrain.vocabulary import passes
@@ -62,7 +62,7 @@ class TooSlow(RequestError):
     """A grammar is so ambiguous that following one output would hold up all others."""
 
 
-class Grammars:
+class GrammarEngine:
     """Compiles; :meth:`build` may run in any thread, everything else on the loop's.
 
     Args:
@@ -115,12 +115,14 @@ class Grammars:
         self._spelling = Spelling(encode, self._call_texts)
         self._letters = self._tokenizer([], [])
         self._terminals: dict[str, LLMatcher | None] = {}
-        self._possible = Possible(self._matches, lambda term: self._terminal(term) is not None)
+        self._possible = FeasibilityChecks(
+            self._matches, lambda term: self._terminal(term) is not None
+        )
         self._kept: OrderedDict[tuple[str, str], CompiledGrammar] = OrderedDict()
         self._kept_chars = 0
 
     def _tokenizer(self, texts: list[bytes], ends: list[int]) -> LLTokenizer:
-        told = self._lib.TokenizerWrapper(_Vocabulary(texts, ends))
+        told = self._lib.TokenizerWrapper(_TokenizerAdapter(texts, ends))
         made: LLTokenizer = self._lib.LLTokenizer(told, eos_token=ends or None)
         return made
 
@@ -446,7 +448,7 @@ class _Likely:
         return token, max(rate, self._rate) if forced else rate, forced
 
 
-class _Vocabulary:
+class _TokenizerAdapter:
     """What the library asks of a tokenizer. It never has to split a text."""
 
     bos_token_id = None

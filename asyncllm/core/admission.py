@@ -18,7 +18,7 @@ FIRST_S = 1.0  # assumed duration of a request until one has been measured
 MOST_S = 60  # OpenAI's and Anthropic's clients do not follow a longer Retry-After
 
 
-class Shares:
+class FairQuota:
     """The places of a queue. One client may take them all, but only half while others wait.
 
     A client that arrives while another holds more than half still gets its own half. So the queue
@@ -113,7 +113,7 @@ class Admission:
         self, *, max_running: int, max_waiting: int, clock: Callable[[], float] = monotonic
     ) -> None:
         self.max_running, self._clock = max_running, clock
-        self._waiting = Shares(max_waiting)
+        self._waiting = FairQuota(max_waiting)
         self._begun = 0
         self._rate = ServiceRate(max_running, clock())
 

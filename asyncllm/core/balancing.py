@@ -34,7 +34,7 @@ def _ends() -> list[int]:
 _SPANS = list(pairwise([0, *_ends()]))
 
 
-class Span(NamedTuple):
+class PromptPrefix(NamedTuple):
     """The end of a prompt prefix; equal keys mean that all tokens up to there are equal."""
 
     key: int
@@ -42,19 +42,19 @@ class Span(NamedTuple):
     length: int
 
 
-def spans_of(prompt: array[int]) -> list[Span]:
+def spans_of(prompt: array[int]) -> list[PromptPrefix]:
     """The prompt's spans in order, without the remainder at its end. Hashes are keyed by a
     secret."""
-    spans, key, ids = list[Span](), 0, prompt.tobytes()
+    spans, key, ids = list[PromptPrefix](), 0, prompt.tobytes()
     for begin, end in _SPANS:
         if end > len(prompt):
             break
         key = hash((key, ids[begin * prompt.itemsize : end * prompt.itemsize]))
-        spans.append(Span(key, end, end - begin))
+        spans.append(PromptPrefix(key, end, end - begin))
     return spans
 
 
-class Seen:
+class SeenPrefixes:
     """Prompt prefixes that one prefix cache should hold, least recently used first.
 
     Args:
@@ -68,7 +68,7 @@ class Seen:
     def __len__(self) -> int:
         return len(self._spans)
 
-    def common(self, spans: Sequence[Span]) -> int:
+    def common(self, spans: Sequence[PromptPrefix]) -> int:
         """Length in tokens of the longest known prefix, or up to an eighth less."""
         end = 0
         for key, last, _ in spans:
@@ -77,7 +77,7 @@ class Seen:
             end = last
         return end
 
-    def add(self, spans: Sequence[Span]) -> None:
+    def add(self, spans: Sequence[PromptPrefix]) -> None:
         for key, _, length in reversed(spans):  # longer prefixes are evicted first
             if key in self._spans:
                 self._spans.move_to_end(key)
@@ -89,7 +89,7 @@ class Seen:
 
 
 @dataclass(slots=True)
-class _Request:
+class _AssignedRequest:
     group: int
     waiting: int  # prompt tokens still to compute; 0: it is in the batch
 
@@ -114,12 +114,12 @@ class GroupBalancer:
         self, num_groups: int, policy: str, *, num_slots: int, together: bool = False
     ) -> None:
         self._policy, self._together = policy, together
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, _AssignedRequest] = {}
         self._groups: list[int] = [*range(num_groups)]  # lost groups excluded
         self._num = [0] * num_groups
         self._waiting = [0] * num_groups  # tokens
         self._running = [0] * num_groups
-        self._seen = [Seen(num_slots) for _ in range(num_groups)]
+        self._seen = [SeenPrefixes(num_slots) for _ in range(num_groups)]
         self._next = 0  # whose turn it is
 
     @property
@@ -158,7 +158,7 @@ class GroupBalancer:
         first = self._requests.get(after) if self._together else None  # never in a lost group
         group = self._choose(len(prompt), common) if first is None else first.group
         self._seen[group].add(spans)
-        request = _Request(group, len(prompt) - min(common[group], len(prompt) - 1))
+        request = _AssignedRequest(group, len(prompt) - min(common[group], len(prompt) - 1))
         self._requests[rid] = request
         self._num[group] += 1
         self._waiting[group] += request.waiting

@@ -11,7 +11,7 @@ from time import monotonic
 MOST_OF_LEFT = 3
 
 
-class LocalClock:
+class PauseAwareClock:
     """Seconds, excluding time in which this process was stopped or did not run.
 
     A process that waits for others must not mistake its own absence for theirs.

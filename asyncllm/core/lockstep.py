@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Common:
+class CommonStep:
     """What every group knows about a step before any of them launches it.
 
     Attributes:
@@ -36,7 +36,7 @@ class StepAgreement:
 
     def offer(
         self, group: int, step: int, num_tokens: int, mixed: bool
-    ) -> tuple[list[int], Common | None]:
+    ) -> tuple[list[int], CommonStep | None]:
         """The groups to ask to join, and the step if all have joined.
 
         Raises:
@@ -48,7 +48,7 @@ class StepAgreement:
         self._brings[group] = num_tokens, mixed
         if len(self._brings) < len(self._groups):
             return [other for other in self._groups if first and other != group], None
-        common = Common(
+        common = CommonStep(
             step,
             max(num for num, _ in self._brings.values()),
             any(mixed for _, mixed in self._brings.values()),

@@ -29,7 +29,7 @@ from asyncllm.messages import (
     SchedulerStats,
     TransferStats,
 )
-from asyncllm.records import Answered, KvMoved, Load
+from asyncllm.records import AnsweredRequest, GroupLoad, TransferTotals
 
 REFUSED = "refused"  # a finish reason: the request was rejected
 LAG_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
@@ -45,7 +45,7 @@ S = TypeVar("S", SchedulerStats, AllocatorStats, RunnerStats, TransferStats, Dir
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class StatsSnapshot:
     """State of schedulers, allocators and runners, in total and per group; or of a director."""
 
     scheduler: SchedulerStats = field(default_factory=SchedulerStats)
@@ -54,14 +54,14 @@ class State:
     transfer: TransferStats = field(default_factory=TransferStats)
     director: DirectorStats = field(default_factory=DirectorStats)
     silent_reporters: int = 0
-    groups: Mapping[int, State] = field(default_factory=dict)
+    groups: Mapping[int, StatsSnapshot] = field(default_factory=dict)
     lost_groups: Collection[int] = ()
 
     @property
-    def load(self) -> Load:
+    def load(self) -> GroupLoad:
         """The totals."""
         slots = self.allocator
-        return Load(
+        return GroupLoad(
             used=slots.used,
             expected=self.scheduler.expected_slots,
             total=slots.total,
@@ -73,10 +73,10 @@ class State:
         )
 
     @property
-    def moved(self) -> KvMoved:
+    def moved(self) -> TransferTotals:
         """The K/V transfer counters that masters get."""
         of = self.transfer
-        return KvMoved(
+        return TransferTotals(
             sent_bytes=of.sent_bytes,
             tokens=of.taken_tokens,
             transfers=of.transfers,
@@ -86,19 +86,19 @@ class State:
         )
 
     @property
-    def loads(self) -> tuple[Load, ...]:
+    def loads(self) -> tuple[GroupLoad, ...]:
         """Per group (a lost one counts as full); on a master, of all its decode nodes together."""
         if nodes := self.director.total:
             used = self.director.used
-            return (Load(used=used, expected=used, total=nodes),)
-        lost = dict.fromkeys(self.lost_groups, Load(used=1, expected=1, total=1))
+            return (GroupLoad(used=used, expected=used, total=nodes),)
+        lost = dict.fromkeys(self.lost_groups, GroupLoad(used=1, expected=1, total=1))
         loads = lost | {group: state.load for group, state in self.groups.items()}
         return tuple(loads[group] for group in sorted(loads))
 
 
 def gather(
     reports: Mapping[int, Collection[Stats]], silent: int, lost: Collection[int] = ()
-) -> State:
+) -> StatsSnapshot:
     """Combine all groups: counts are summed, times are the slowest group's.
 
     Args:
@@ -107,13 +107,13 @@ def gather(
         lost: groups that the server continues without.
     """
     groups = {
-        group: State(
+        group: StatsSnapshot(
             _merged(SchedulerStats, some), _merged(AllocatorStats, some), _merged(RunnerStats, some)
         )
         for group, some in reports.items()
     }
     every = [report for some in reports.values() for report in some]
-    return State(
+    return StatsSnapshot(
         _merged(SchedulerStats, every),
         _merged(AllocatorStats, every),
         _merged(RunnerStats, every),
@@ -150,7 +150,7 @@ def _shares(used: int, cached: int, total: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Process:
+class ProcessCounters:
     """Counters of one process; ``actors``: (name, waiting, busy seconds, longest callback)."""
 
     actors: Sequence[tuple[str, int, float, float]] = ()
@@ -287,8 +287,8 @@ _STATE = {
 _UNNAMED = {"query", "endpoint", "expected_slots"}  # expected_slots is for /token_load only
 assert set(_STATE) - {"silent_reporters"} == {
     f"{of.name}.{count.name}"
-    for of in fields(State)[:5]
-    for count in fields(getattr(State(), of.name))
+    for of in fields(StatsSnapshot)[:5]
+    for count in fields(getattr(StatsSnapshot(), of.name))
     if count.name not in _UNNAMED
 }
 
@@ -329,7 +329,7 @@ class ServerMetrics:
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
-        self._held = _Held(model_name, linears)
+        self._held = _StatsCollector(model_name, linears)
         self._registry.register(self._held)
 
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
@@ -375,7 +375,7 @@ class ServerMetrics:
         )
         self._lightllm = _LightLlm(self._registry, model_name, max_len)
 
-    def observe(self, answered: Answered) -> None:
+    def observe(self, answered: AnsweredRequest) -> None:
         """Count one answered HTTP request."""
         self._http.labels(answered.route, str(answered.status)).inc()
         if not answered.reason:
@@ -397,7 +397,7 @@ class ServerMetrics:
         """Count one lateness of the loop's timer."""
         self._lag.labels(str(endpoint)).observe(late_s)
 
-    def update(self, state: State, process: Process) -> None:
+    def update(self, state: StatsSnapshot, process: ProcessCounters) -> None:
         """Replace the actors' last reported state."""
         self._held.state, self._held.process = state, process
 
@@ -406,12 +406,12 @@ class ServerMetrics:
         return generate_latest(self._registry)
 
 
-class _Held(Collector):
+class _StatsCollector(Collector):
     """Series whose values are counted elsewhere, and only read here."""
 
     def __init__(self, model_name: str, linears: Sequence[tuple[str, int]]) -> None:
         self._model_name, self._linears = model_name, linears
-        self.state, self.process = State(), Process()
+        self.state, self.process = StatsSnapshot(), ProcessCounters()
 
     def collect(self) -> Iterator[Metric]:
         for path, (name, text, is_counter) in _STATE.items():
@@ -447,7 +447,7 @@ class _Held(Collector):
         yield from _of_process(self.process)
 
 
-def _of_process(process: Process) -> Iterator[Metric]:
+def _of_process(process: ProcessCounters) -> Iterator[Metric]:
     """Series of one process."""
     depth = GaugeMetricFamily("asyncllm_mailbox_depth", "Messages waiting", labels=["actor"])
     busy = CounterMetricFamily("asyncllm_handler_seconds", "Time inside receive", labels=["actor"])
@@ -484,7 +484,7 @@ def _of_process(process: Process) -> Iterator[Metric]:
 
 
 @dataclass(frozen=True, slots=True)
-class Registered(Collector):
+class RegistryMetrics(Collector):
     """Series of a config_server.
 
     Args:
@@ -498,7 +498,7 @@ class Registered(Collector):
     gone: Mapping[str, int]
     ports: int
     denied: int
-    process: Process
+    process: ProcessCounters
 
     def collect(self) -> Iterator[Metric]:
         members = GaugeMetricFamily(
@@ -562,7 +562,7 @@ class _LightLlm:
         self._input_length = histogram("request_input_length", "request_prompt_tokens", lengths)
         self._generated = histogram("request_generated_tokens", "request_generated_tokens", lengths)
 
-    def observe(self, answered: Answered) -> None:
+    def observe(self, answered: AnsweredRequest) -> None:
         self._count.inc()
         failed = answered.status >= 400 or answered.reason in {"abort", "error", REFUSED}
         (self._failure if failed else self._success).inc()

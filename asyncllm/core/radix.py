@@ -19,7 +19,7 @@ class RadixNode:
     path to the root, so an unlocked node has no locked descendant. ``member`` is a lane whose slots
     path to the root, so an unlocked node has no locked descendant. ``member`` is a lane whose slots
     are those of this node and of all nodes above; -1: there is none, or it is not tracked
-    (``core/siblings.py``). ``sliding``, ``ends``, ``readers``, ``seen`` are for trees with sliding
+    (``core/shared_prefixes.py``). ``sliding``, ``ends``, ``readers``, ``seen`` are for trees with sliding
     """
 
     __slots__ = (

@@ -10,7 +10,7 @@ from enum import IntEnum
 from math import isfinite
 
 
-class Reason(IntEnum):
+class FinishReason(IntEnum):
     """Why a request ended; the integer travels in messages."""
 
     STOP = 0  # an eos or stop token, or a stop string

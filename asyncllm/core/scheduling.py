@@ -1,6 +1,6 @@
 """Decides what runs in the next step: queue order, budgets, phases.
 
-Knows requests, lanes and counts of tokens (see :mod:`asyncllm.core.lives`); knows neither slots'
+Knows requests, lanes and counts of tokens (see :mod:`asyncllm.core.request_lifecycle`); knows neither slots'
 contents nor tensors, actors, text.
 """
 
@@ -11,20 +11,20 @@ from collections.abc import Callable, Collection, Iterable
 
 from asyncllm.codec import INT32
 from asyncllm.constrain.protocol import ResampleToken, Verdict
-from asyncllm.core.drafting import Drafting
-from asyncllm.core.masking import CHEAP_S, Job
-from asyncllm.core.request import Reason
+from asyncllm.core.draft_scheduler import DraftScheduler
+from asyncllm.core.mask_work import CHEAP_S, Job
+from asyncllm.core.request import FinishReason
 from asyncllm.core.speculation import Speculation
 from asyncllm.core.steps import Emitted, Lane, Request, Row, Step
 from asyncllm.core.windows import Window
 from asyncllm.errors import RequestError
-from asyncllm.messages import MAX_COUNT, Granted, Reserve, StepPlan
-from asyncllm.records import ConstraintDone, Failure, Opened
+from asyncllm.messages import MAX_COUNT, ReserveSlots, SlotsGranted, StepPlan
+from asyncllm.records import ConstraintDone, Failure, OpenedLane
 
 UNFIT = Failure("the tokens so far violate the constraint", status=500)
 
 
-class Core(Drafting):
+class SchedulerCore(DraftScheduler):
     """Pure scheduler state. At most one proposal is open: propose and plan alternate.
 
     Args:
@@ -81,7 +81,7 @@ class Core(Drafting):
 
     def propose(
         self, prompt_room: Callable[[int, int], int | None] = lambda num_rows, num_read: None
-    ) -> Reserve | None:
+    ) -> ReserveSlots | None:
         """The rows of the next step, before it is known whether they fit; None: nothing to do, or
         not before the running step is over. ``prompt_room``: see ``Pacer``."""
         assert not self._proposal, "a proposal is open"
@@ -129,7 +129,7 @@ class Core(Drafting):
         if not rows:
             return None
         self._proposal = rows
-        return Reserve(
+        return ReserveSlots(
             lanes=array(INT32, [lane.number for _, lane, _ in rows]),
             counts=array(INT32, [count for _, _, count in rows]),
             opened=tuple(opened),
@@ -142,7 +142,7 @@ class Core(Drafting):
         launched, self.launched = self.launched, array(INT32)
         return launched
 
-    def plan(self, granted: Granted) -> Step | None:
+    def plan(self, granted: SlotsGranted) -> Step | None:
         """Turn the granted rows into a step; None: none are left (see :meth:`relieve`)."""
         rows, self._proposal = self._proposal, []
         self.available = granted.available
@@ -224,7 +224,7 @@ class Core(Drafting):
                 self._let_go(lane)
             elif token < 0:
                 if not (req.max_new or lane.inflight) and lane.planned == lane.fill_len:
-                    self._end(req, Reason.LENGTH)
+                    self._end(req, FinishReason.LENGTH)
             elif req.constraint is None:
                 self._emit(req, token, False, i, emitted)
             else:
@@ -237,7 +237,7 @@ class Core(Drafting):
         return emitted
 
     def jobs(self, most: int, busy: bool) -> list[Job]:
-        """Work of constraints for a thread, see ``Line.take``; its results go to :meth:`worked`."""
+        """Work of constraints for a thread, see ``MaskWorkQueue.take``; its results go to :meth:`worked`."""
         ahead = 0 if self.speculation is None else self.speculation.ahead(len(self.running))
         return self._line.take(most, busy, ahead)
 
@@ -265,9 +265,9 @@ class Core(Drafting):
             return out
         token, step, row = req.todo[0]
         if done.verdict == Verdict.REFUSED:
-            self._end(req, Reason.ERROR, failure=done.failure)
+            self._end(req, FinishReason.ERROR, failure=done.failure)
         elif done.verdict == Verdict.AGAIN and step is None:
-            self._end(req, Reason.ERROR, failure=UNFIT)
+            self._end(req, FinishReason.ERROR, failure=UNFIT)
         elif done.verdict == Verdict.AGAIN:
             self._again(req)
         else:
@@ -299,7 +299,7 @@ class Core(Drafting):
             try:
                 whole = req.constraint.accept(token)
             except RequestError as error:
-                self._end(req, Reason.ERROR, failure=Failure.of(error))
+                self._end(req, FinishReason.ERROR, failure=Failure.of(error))
                 return
             except ResampleToken:
                 self._again(req)
@@ -356,7 +356,7 @@ class Core(Drafting):
 
     # rows of a plan
 
-    def _plan_decode(self, rows: list[Row], granted: Granted) -> Step | None:
+    def _plan_decode(self, rows: list[Row], granted: SlotsGranted) -> Step | None:
         """Fast path: all rows decode and are live; None: it does not apply."""
         num = len(rows)
         if not num or len(granted.slots) != num:
@@ -392,7 +392,7 @@ class Core(Drafting):
                 step.constrain(i, req, lane, start + 1)
         return step
 
-    def _plan_mixed(self, rows: list[Row], granted: Granted) -> Step | None:
+    def _plan_mixed(self, rows: list[Row], granted: SlotsGranted) -> Step | None:
         singles: list[tuple[Row, int, int, slice]] = []
         others: list[tuple[Row, int, int, slice]] = []
         at = 0
@@ -476,4 +476,4 @@ class Core(Drafting):
         if not lane.seen:
             lane.seen = True
             ids = known if req.needs_ids else array(INT32)
-            plan.opened.append(Opened(lane.number, len(req.prompt), req.params, ids))
+            plan.opened.append(OpenedLane(lane.number, len(req.prompt), req.params, ids))

@@ -9,8 +9,8 @@ from array import array
 from dataclasses import dataclass, field
 
 from asyncllm.core.radix import RadixNode, RadixTree
-from asyncllm.core.siblings import NOBODY, Siblings
-from asyncllm.messages import Granted
+from asyncllm.core.shared_prefixes import NOBODY, SharedPrefixIndex
+from asyncllm.messages import SlotsGranted
 
 
 class SlotPool:
@@ -38,7 +38,7 @@ class SlotPool:
 
 
 @dataclass(slots=True, eq=False)
-class Holding:
+class LaneSlots:
     """What one lane holds.
 
         [0, shared)          in the tree, held by the lock on ``node``
@@ -73,11 +73,11 @@ class Ledger:
         *,
         use_tree: bool = True,
         tree: RadixTree | None = None,
-        siblings: Siblings | None = None,
+        siblings: SharedPrefixIndex | None = None,
     ) -> None:
         self.pool = SlotPool(total)
         self.tree = tree or RadixTree()
-        self.lanes: dict[int, Holding] = {}
+        self.lanes: dict[int, LaneSlots] = {}
         self._use_tree, self._siblings = use_tree, siblings
         self.hit_tokens = self.looked_up_tokens = self.evicted_tokens = 0
 
@@ -109,7 +109,7 @@ class Ledger:
         lanes: array[int],
         counts: array[int],
         opened: dict[int, tuple[array[int], bool]],
-    ) -> Granted:
+    ) -> SlotsGranted:
         """Grant the longest prefix of the rows that fits.
 
         Args:
@@ -131,7 +131,7 @@ class Ledger:
             granted.append(len(row[1]) - row[0])
             out.extend(row[1])
         order, commons = NOBODY if self._siblings is None else self._siblings.columns()
-        return Granted(
+        return SlotsGranted(
             hits, granted, out, available=self.available, siblings=order, commons=commons
         )
 
@@ -158,7 +158,7 @@ class Ledger:
             self._share(lane, held, ids, len(ids))
         self._close(lane, held)
 
-    def _close(self, lane: int, held: Holding) -> None:
+    def _close(self, lane: int, held: LaneSlots) -> None:
         del self.lanes[lane]
         self.pool.give(held.duplicates)
         self.pool.give(held.slots[held.shared :])
@@ -225,7 +225,7 @@ class Ledger:
             self.hit_tokens += hit
             self.looked_up_tokens += len(ids)
         slots.extend(self._take(count))
-        self.lanes[lane] = Holding(ids, slots[:], node, hit, hit)
+        self.lanes[lane] = LaneSlots(ids, slots[:], node, hit, hit)
         if node is not None and self._siblings is not None:
             self._siblings.join(lane, node, hit)
         return hit, slots
@@ -241,7 +241,7 @@ class Ledger:
         """Undo the opening of the lane."""
         self.tree.unlock(node)
 
-    def _share(self, lane: int, held: Holding, ids: array[int], end: int) -> None:
+    def _share(self, lane: int, held: LaneSlots, ids: array[int], end: int) -> None:
         """Put those of ``ids[:end]`` into the tree that are not in it yet."""
         assert held.node is not None
         if end <= held.shared:
@@ -250,7 +250,7 @@ class Ledger:
         held.node, known = self.tree.extend(held.node, ids, start, end, held.slots)
         self._shared(lane, held, known, end)
 
-    def _shared(self, lane: int, held: Holding, known: int, end: int) -> None:
+    def _shared(self, lane: int, held: LaneSlots, known: int, end: int) -> None:
         """Everything the lane holds up to ``end`` is in the tree now; for the first ``known`` new
         tokens the tree has other slots."""
         assert held.node is not None

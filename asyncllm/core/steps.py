@@ -19,7 +19,7 @@ from itertools import takewhile
 
 from asyncllm.codec import INT32, INT64
 from asyncllm.constrain.protocol import NO_PATH, Constraint, Path
-from asyncllm.core.lookup import Lookup
+from asyncllm.core.ngram_lookup import NgramLookup
 from asyncllm.core.request import SamplingParams
 from asyncllm.core.step_times import StepSize
 from asyncllm.messages import MAX_COUNT, StepDone, StepPlan
@@ -78,7 +78,7 @@ class Request:
     lacks: bool = False  # the token that follows them has not arrived yet
     after: int = -1  # the rid whose prompt it waits for
     client: int = 0  # waiting clients are served round-robin
-    lookup: Lookup | None = None  # over prompt and outputs, if tokens are guessed
+    lookup: NgramLookup | None = None  # over prompt and outputs, if tokens are guessed
     prediction: array[int] = field(default_factory=lambda: array(INT32))  # as in Submit
     drafted: int = 0  # draft tokens tried; of the prediction only, if there is one
     accepted: int = 0  # those that were right

@@ -64,7 +64,7 @@ class StopFinder:
         return min(places, default=(-1, ""))
 
 
-class Stops:
+class StopMatcher:
     """Returns the text before the first stop string, where some tokens are not shown.
 
     A stop string that contains a special token's text is searched in the text that includes such

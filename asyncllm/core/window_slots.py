@@ -9,15 +9,15 @@ from array import array
 from dataclasses import dataclass, field, replace
 
 from asyncllm.core.radix import RadixNode
-from asyncllm.core.siblings import Siblings
-from asyncllm.core.slots import Holding, Ledger, SlotPool
+from asyncllm.core.shared_prefixes import SharedPrefixIndex
+from asyncllm.core.slots import LaneSlots, Ledger, SlotPool
 from asyncllm.core.window_radix import WindowTree
 from asyncllm.core.windows import PerSpace, Window
-from asyncllm.messages import Granted
+from asyncllm.messages import SlotsGranted
 
 
 @dataclass(slots=True, eq=False)
-class View:
+class SlidingSlots:
     """A lane's sliding slots: ``slots`` of its last tokens, from position ``first`` on.
 
     Those before the lane's ``shared`` belong to the tree, whose nodes are kept from token ``kept``
@@ -53,15 +53,15 @@ class WindowLedger(Ledger):
         window: Window,
         *,
         use_tree: bool = True,
-        siblings: Siblings | None = None,
+        siblings: SharedPrefixIndex | None = None,
     ) -> None:
         self._tree, self._window = WindowTree(window), window
         super().__init__(num.full, use_tree=use_tree, tree=self._tree, siblings=siblings)
         self.sliding = SlotPool(num.sliding)
-        self.views: dict[int, View] = {}
+        self.views: dict[int, SlidingSlots] = {}
         self.evicted_sliding = 0
         self._column = array("i")  # of the grant in progress
-        self._opening = View()
+        self._opening = SlidingSlots()
 
     @property
     def sliding_cached(self) -> int:
@@ -83,7 +83,7 @@ class WindowLedger(Ledger):
         lanes: array[int],
         counts: array[int],
         opened: dict[int, tuple[array[int], bool]],
-    ) -> Granted:
+    ) -> SlotsGranted:
         most = self._window.reach + self._window.grain
         for lane, view in self.views.items():
             held = self.lanes[lane]
@@ -99,14 +99,14 @@ class WindowLedger(Ledger):
         self.sliding.give(slots[-num:])
         del slots[-num:]
 
-    def _go_on(self, held: Holding, view: View) -> None:
+    def _go_on(self, held: LaneSlots, view: SlidingSlots) -> None:
         """Free slots that no future token sees."""
         begin = len(held.slots) - self._window.reach
         if held.node is not None:
             view.kept = self._tree.leave(held.node, held.shared, view.kept, begin)
         self._give(held, view, begin)
 
-    def _give(self, held: Holding, view: View, begin: int) -> None:
+    def _give(self, held: LaneSlots, view: SlidingSlots, begin: int) -> None:
         """Drop the slots of tokens before ``begin``; the lane's own ones become free."""
         first, slots = view.first, view.slots
         mine = [*view.own, (max(first, held.shared), len(held.slots))]
@@ -148,7 +148,7 @@ class WindowLedger(Ledger):
             self.sliding.give(evicted)
         return self.sliding.take(num)
 
-    def _see(self, view: View, count: int) -> None:
+    def _see(self, view: SlidingSlots, count: int) -> None:
         """Add slots for ``count`` new tokens."""
         slots = self._take_sliding(count)
         view.slots.extend(slots)
@@ -163,7 +163,7 @@ class WindowLedger(Ledger):
     def _open(
         self, lane: int, count: int, ids: array[int], may_share: bool
     ) -> tuple[int, array[int]] | None:
-        view = self._opening = View()
+        view = self._opening = SlidingSlots()
         row = super()._open(lane, count, ids, may_share)
         if row is not None:
             hit, slots = row
@@ -184,14 +184,14 @@ class WindowLedger(Ledger):
         self._tree.leave(node, hit, self._opening.kept, hit)
         super()._unmatch(node, hit)
 
-    def _close(self, lane: int, held: Holding) -> None:
+    def _close(self, lane: int, held: LaneSlots) -> None:
         view = self.views.pop(lane)
         self._give(held, view, len(held.slots))
         if held.node is not None:
             self._tree.leave(held.node, held.shared, view.kept, held.shared, over=True)
         super()._close(lane, held)
 
-    def _share(self, lane: int, held: Holding, ids: array[int], end: int) -> None:
+    def _share(self, lane: int, held: LaneSlots, ids: array[int], end: int) -> None:
         assert held.node is not None
         if end <= held.shared:
             return

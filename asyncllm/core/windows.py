@@ -54,7 +54,7 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
-class Division:
+class SlotDivision:
     """How memory is divided between the two slot spaces.
 
     Attributes:

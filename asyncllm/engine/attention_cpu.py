@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from asyncllm.kernels.attention.quantize import dequantize_ref, quantize_ref
-from asyncllm.models.angles import rope_tables
 from asyncllm.models.attention import (
     Batch,
     KvLayout,
@@ -19,6 +18,7 @@ from asyncllm.models.attention import (
     LayerKv,
     refuse_beyond_plain,
 )
+from asyncllm.models.rope_tables import rope_tables
 from asyncllm.models.spec import AttentionSpec
 
 WINDOW_QUERIES = 256  # queries per piece of a sliding-window layer, or the window's size if larger

@@ -14,7 +14,6 @@ from asyncllm.kernels.attention.kv_write import rope_kv
 from asyncllm.kernels.attention.prefill import prefill_attention
 from asyncllm.kernels.attention.shared_rows import SharingCosts
 from asyncllm.kernels.autotune import device_facts, is_assumed
-from asyncllm.models.angles import rope_tables
 from asyncllm.models.attention import (
     Batch,
     KvLayout,
@@ -24,6 +23,7 @@ from asyncllm.models.attention import (
     refuse_beyond_plain,
 )
 from asyncllm.models.kv_format import DECODE_KERNELS, DecodeKernel
+from asyncllm.models.rope_tables import rope_tables
 from asyncllm.models.spec import AttentionSpec
 
 MAX_HEAD_DIM = 256

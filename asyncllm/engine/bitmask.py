@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncllm.engine.step_inputs import I32, Bitmask, HostColumn, Rows
+from asyncllm.engine.step_inputs import I32, Bitmask, HostColumn, StepRows
 from asyncllm.messages import StepPlan
 
 SLICE_ROWS = 64  # rows unpacked at a time: bounds the memory
 
 
-def bitmask_of(plan: StepPlan, rows: Rows) -> Bitmask[HostColumn] | None:
+def bitmask_of(plan: StepPlan, rows: StepRows) -> Bitmask[HostColumn] | None:
     """A plan's masks, by sampled rows."""
     if not plan.masks:
         return None

@@ -16,10 +16,10 @@ from torch import Tensor
 from asyncllm import log
 from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
-from asyncllm.core.windows import Division, PerSpace, Window
-from asyncllm.engine.ahead import DryDevice
+from asyncllm.core.windows import PerSpace, SlotDivision, Window
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
+from asyncllm.engine.kernel_recording import DryDevice
 from asyncllm.engine.parallel import AnyWorld, Group, SingleRank
 from asyncllm.engine.sampling import PENALTY_ROWS
 from asyncllm.engine.sharing import LEAST_ROWS
@@ -29,13 +29,13 @@ from asyncllm.messages import StepPlan
 from asyncllm.models.attention import AttentionBackend
 from asyncllm.models.checkpoint import read_checkpoint
 from asyncllm.models.kv_format import PLAIN, KvMode
-from asyncllm.models.model import Model, Site
+from asyncllm.models.model import Model, ModelContext
 from asyncllm.models.ops import Ops, Product
-from asyncllm.models.quantization import AS_STORED, Quantisation, Tally, WeightTypes
+from asyncllm.models.quantization import AS_STORED, LinearCounts, Quantisation, WeightTypes
 from asyncllm.models.registry import MODELS
 from asyncllm.models.spec import AttentionSpec, ModelSpec, shard_heads
 from asyncllm.models.weights import load
-from asyncllm.records import Opened
+from asyncllm.records import OpenedLane
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_KV_BYTES = 4 << 30  # default limit of the K/V cache on a CPU
@@ -142,7 +142,7 @@ def make_model(
     for layer in dict.fromkeys(layers):
         if reason := attention.refuse(layer, attention.layout, device):
             raise StartupError(f"attention of {spec.architecture} that {reason} is not supported")
-    site = Site(
+    site = ModelContext(
         comm=comm,
         world=world or comm,
         whole_experts=whole_experts,
@@ -167,20 +167,22 @@ def _operators(
     latent, fmt = any(layer.kind == "mla" for layer in layers), kv.format
     if device.type == "cuda":  # imported here: without a GPU there may be no Triton
         from asyncllm.engine.attention_cuda import TritonAttention, TritonPairs
-        from asyncllm.engine.latent_cuda import TritonLatent, TritonLatents
+        from asyncllm.engine.latent_cuda import TritonLatentAttention, TritonLatents
         from asyncllm.engine.ops_cuda import TritonOps
 
         if latent:
             latents = TritonLatents(layers, dtype, fmt)
-            return TritonOps(), TritonLatent(layers, latents, max_len, where)
+            return TritonOps(), TritonLatentAttention(layers, latents, max_len, where)
         pairs = TritonPairs(layers, dtype, fmt)
         return TritonOps(), TritonAttention(layers, pairs, max_len, where, kv.kernel)
     from asyncllm.engine.attention_cpu import TorchAttention, TorchPairs
-    from asyncllm.engine.latent_cpu import TorchLatent, TorchLatents
+    from asyncllm.engine.latent_cpu import TorchLatentAttention, TorchLatents
     from asyncllm.engine.ops_cpu import TorchOps
 
     if latent:
-        return TorchOps(), TorchLatent(layers, TorchLatents(layers, dtype, fmt), max_len, where)
+        return TorchOps(), TorchLatentAttention(
+            layers, TorchLatents(layers, dtype, fmt), max_len, where
+        )
     return TorchOps(), TorchAttention(layers, TorchPairs(layers, dtype, fmt), max_len, where)
 
 
@@ -200,8 +202,8 @@ class MemoryPlan:
     weights: int
     work: int  # activations, logits, lane tables
     num: PerSpace  # slots; equal numbers: one space
-    division: Division
-    linears: Tally = field(default_factory=Tally)  # kinds of the linear layers
+    division: SlotDivision
+    linears: LinearCounts = field(default_factory=LinearCounts)  # kinds of the linear layers
     moving: int = 0  # of work: pages of K/V in transit between servers
 
     @property
@@ -305,10 +307,10 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
     return MemoryPlan(weights, work, num, division, model.site.quantisation.tally, moving)
 
 
-def division_of(spec: ModelSpec, max_len: int, model: Model) -> Division:
+def division_of(spec: ModelSpec, max_len: int, model: Model) -> SlotDivision:
     """How K/V memory is divided among the slot spaces that ``model`` needs."""
     windows = [layer.window or 0 for layer in within(spec, max_len).layers]
-    return Division(
+    return SlotDivision(
         slot=model.site.attention.layout.bytes_per_slot(),
         window=Window(max(windows)) if any(windows) else None,
         max_len=max_len,
@@ -493,7 +495,7 @@ def _try_steps(
                 slots=i32(range(start, start + size)),
                 tokens=i32([0] * size),
                 samples=bytearray(b"\x01"),
-                opened=[Opened(0, size, params, i32([]))] if start == 0 else [],
+                opened=[OpenedLane(0, size, params, i32([]))] if start == 0 else [],
                 common=size if in_step else 0,
                 mixed=in_step and size > 1,
                 sliding=i32(i % num_sliding for i in range(start, start + size) if num_sliding),

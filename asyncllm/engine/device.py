@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from asyncllm.codec import FLOAT32, INT32
-from asyncllm.engine.engine import Engine, Outputs, Work
+from asyncllm.engine.engine import Engine, Outputs, PreparedStep
 from asyncllm.engine.graphs import cuda_capture
 from asyncllm.messages import StepDone, StepPlan
 from asyncllm.records import Logprobs
@@ -27,7 +27,7 @@ class HostOutputs:
     scored: list[tuple[int, Tensor, int, Tensor, Tensor]]  # row, chosen, num_top, ids, values
 
 
-def step_done(work: Work, host: HostOutputs, device_ms: float = 0.0) -> StepDone:
+def step_done(work: PreparedStep, host: HostOutputs, device_ms: float = 0.0) -> StepDone:
     """The message of a finished step; rows that sampled nothing get -1 and NaN."""
     samples, num_top = work.rows.samples, max(work.batch.num_top, 0)
     tokens = np.full(len(samples), -1, np.int32)
@@ -71,7 +71,7 @@ class CpuPending:
 
     gap_ms: float | None = None
 
-    def __init__(self, work: Work, future: Future[Outputs]) -> None:
+    def __init__(self, work: PreparedStep, future: Future[Outputs]) -> None:
         self._work, self._future = work, future
 
     def wait(self) -> StepDone:
@@ -109,7 +109,7 @@ class CudaPending:
     """
 
     def __init__(
-        self, work: Work, host: HostOutputs, span: StepSpan, before: StepSpan | None
+        self, work: PreparedStep, host: HostOutputs, span: StepSpan, before: StepSpan | None
     ) -> None:
         self._work, self._host, self._span, self._before = work, host, span, before
         self.gap_ms: float | None = None

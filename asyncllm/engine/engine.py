@@ -17,21 +17,21 @@ from asyncllm.engine.bitmask import apply_token_bitmask, bitmask_of
 from asyncllm.engine.graphs import Capture, DecoderGraphs
 from asyncllm.engine.h2d import Staged, Uploader
 from asyncllm.engine.parallel import Group
-from asyncllm.engine.sampler_graphs import Ended, SamplerGraphs, SamplerVariant
+from asyncllm.engine.sampler_graphs import SampledTokens, SamplerGraphs, SamplerVariant
 from asyncllm.engine.sampling import Sampler, SamplingTensors, TorchSampler, put_given, raise_ends
 from asyncllm.engine.sampling_table import SamplingBatch, SamplingTable, Scored
-from asyncllm.engine.sharing import Sharing
+from asyncllm.engine.sharing import SharedReads
 from asyncllm.engine.step_inputs import (
     Bucket,
-    Extras,
     HostColumn,
+    OptionalInputs,
     Penalties,
-    Rows,
+    PromptTargets,
     SamplingColumns,
     Scatter,
     SharedRowColumns,
     StepColumns,
-    Targets,
+    StepRows,
     unpack,
 )
 from asyncllm.kernels.attention.shared_rows import SharedRows
@@ -46,11 +46,11 @@ ScoredTensors = tuple[Scored, Tensor, Tensor, Tensor]  # chosen, top ids, top va
 
 
 @dataclass(slots=True)
-class Work:
+class PreparedStep:
     """A plan unpacked on the host; no longer depends on the lane table."""
 
     step: int
-    rows: Rows
+    rows: StepRows
     bucket: Bucket | None  # the graph that runs the step; None: eager
     variant: SamplerVariant | None  # the graph that runs its end (sampling); None: eager
     batch: SamplingBatch
@@ -115,7 +115,7 @@ class Engine:
         self.graphs: tuple[DecoderGraphs, SamplerGraphs] | None = None
         self._no_top = torch.empty(self.num_rows, 0, device=device)
         self._stage, self.sampler = _step_ops(model)
-        self.sharing = Sharing(model.site.attention.sharing() if shares_prefixes else None)
+        self.sharing = SharedReads(model.site.attention.sharing() if shares_prefixes else None)
         self._uploader = Uploader(
             device,
             num_lanes=num_lanes,
@@ -142,7 +142,7 @@ class Engine:
         for graphs in self.graphs or ():
             graphs.close()
 
-    def prepare(self, plan: StepPlan) -> Work:
+    def prepare(self, plan: StepPlan) -> PreparedStep:
         """Read ``plan``; host work only. Plans must come in order: lanes are opened here."""
         self.lanes.open(plan)
         rows = unpack(plan, self.max_len, two_spaces=self._two_spaces)
@@ -160,7 +160,7 @@ class Engine:
             num_tokens = decoder.size(num_tokens, mixed=mixed)
         # groups in lockstep have steps of equal size, with or without a graph
         shape = replace(rows.shape, num_tokens=num_tokens) if plan.common else None
-        extras: Extras[HostColumn] = Extras(
+        extras: OptionalInputs[HostColumn] = OptionalInputs(
             known=_known(plan, self.max_len),
             cached=rows.cached,
             cached_sliding=rows.cached_sliding,
@@ -169,13 +169,13 @@ class Engine:
             lengths=batch.lengths,
             given=batch.given,
             masks=masks,
-            targets=Targets(np.concatenate([s.targets for s in scored])) if scored else None,
+            targets=PromptTargets(np.concatenate([s.targets for s in scored])) if scored else None,
         )
         staged = self._uploader.write(rows, batch, extras, bucket, shape)
-        return Work(plan.step, rows, bucket, variant, batch, scored, staged)
+        return PreparedStep(plan.step, rows, bucket, variant, batch, scored, staged)
 
     @torch.inference_mode()
-    def execute(self, work: Work) -> Outputs:
+    def execute(self, work: PreparedStep) -> Outputs:
         """Run the step; returns as soon as everything is queued on the device."""
         given, extras = self._uploader.upload(work.staged)
         num_sampled = len(work.batch.lanes)
@@ -209,7 +209,7 @@ class Engine:
         return Outputs(tokens, (scores, none.int(), none), scored)
 
     def _forward(
-        self, given: StepColumns[Tensor], shape: Bucket, rows: Rows | None = None
+        self, given: StepColumns[Tensor], shape: Bucket, rows: StepRows | None = None
     ) -> Tensor:
         """The decoder on a step's columns; captured in graphs, so it makes no decisions on the
         host."""
@@ -228,7 +228,9 @@ class Engine:
         )
         return self.model.forward(batch, self.kv)
 
-    def _end(self, hidden: Tensor, given: StepColumns[Tensor], variant: SamplerVariant) -> Ended:
+    def _end(
+        self, hidden: Tensor, given: StepColumns[Tensor], variant: SamplerVariant
+    ) -> SampledTokens:
         """Compute tokens from the hidden states of the sampled rows; captured in graphs."""
         logits = changed = self.model.logits(hidden)
         if variant.penalized and not self.group.rank:
@@ -267,9 +269,9 @@ class Engine:
     def _choose(
         self,
         logits: Tensor,
-        work: Work,
+        work: PreparedStep,
         given: SamplingColumns[Tensor],
-        extras: Extras[Tensor],
+        extras: OptionalInputs[Tensor],
         scored: list[ScoredTensors],
     ) -> Outputs:
         batch, changed = work.batch, logits
@@ -284,7 +286,7 @@ class Engine:
                 put_given(logits, chosen, logprobs, *extras.given)
         return Outputs(chosen.int(), logprobs, scored)
 
-    def _change(self, logits: Tensor, work: Work, extras: Extras[Tensor]) -> None:
+    def _change(self, logits: Tensor, work: PreparedStep, extras: OptionalInputs[Tensor]) -> None:
         if extras.bias is not None:
             self.sampler.add_bias(logits, *extras.bias)
         if extras.penalties is not None and work.batch.penalties is not None:
@@ -296,7 +298,7 @@ class Engine:
             apply_token_bitmask(logits, *extras.masks)
 
     def _score(
-        self, hidden: Tensor, rows: list[Scored], targets: Targets[Tensor] | None
+        self, hidden: Tensor, rows: list[Scored], targets: PromptTargets[Tensor] | None
     ) -> list[ScoredTensors]:
         """Log-probabilities of prompt tokens, in slices so that few logits exist at a time."""
         if targets is None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from asyncllm.engine.h2d import Uploader
-from asyncllm.engine.step_inputs import Bucket, Rows, StepColumns
+from asyncllm.engine.step_inputs import Bucket, StepColumns, StepRows
 
 MAX_PREFILL_ROWS = 32
 MAX_DECODE_ROWS = 1024  # per decode step
@@ -139,7 +139,7 @@ class DecoderGraphs(GraphSet[Bucket, Tensor]):
         bucket = self._smallest(num_tokens, mixed=mixed)
         return num_tokens if bucket is None else bucket.num_tokens
 
-    def pick(self, rows: Rows, num_tokens: int, *, mixed: bool) -> Bucket | None:
+    def pick(self, rows: StepRows, num_tokens: int, *, mixed: bool) -> Bucket | None:
         """The smallest bucket for ``num_tokens``, if it holds ``rows``; None: run them eagerly.
 
         ``num_tokens`` beyond those of ``rows`` come from other groups that step in lockstep.

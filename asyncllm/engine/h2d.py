@@ -18,14 +18,14 @@ from asyncllm.engine.sampling_table import SamplingBatch
 from asyncllm.engine.sharing import SharedColumns
 from asyncllm.engine.step_inputs import (
     Bucket,
-    Extras,
     HostColumn,
+    OptionalInputs,
     Penalties,
     RowColumns,
-    Rows,
     SamplingColumns,
     SharedRowColumns,
     StepColumns,
+    StepRows,
 )
 from asyncllm.kernels.attention.shared_rows import MAX_GROUPS
 
@@ -118,7 +118,7 @@ class Staged:
     host: Tensor
     layout: Layout
     columns: StepColumns[HostColumn]
-    extras: Extras[HostColumn]  # written after the columns
+    extras: OptionalInputs[HostColumn]  # written after the columns
     bucket: Bucket | None  # whose graph reads the columns
 
 
@@ -159,9 +159,9 @@ class Uploader:
 
     def write(
         self,
-        rows: Rows,
+        rows: StepRows,
         batch: SamplingBatch,
-        extras: Extras[HostColumn],
+        extras: OptionalInputs[HostColumn],
         bucket: Bucket | None = None,
         shape: Bucket | None = None,
     ) -> Staged:
@@ -188,7 +188,9 @@ class Uploader:
             at += _padded(column.size)
         return Staged(host[:words], layout, columns, extras, bucket)
 
-    def _write(self, columns: StepColumns[HostColumn], rows: Rows, batch: SamplingBatch) -> None:
+    def _write(
+        self, columns: StepColumns[HostColumn], rows: StepRows, batch: SamplingBatch
+    ) -> None:
         s, p, r, shared = columns
         # padding rows are greedy
         _fill(s.temperature, batch.temperature, 0)
@@ -218,7 +220,7 @@ class Uploader:
         if shared is not None:
             _fill_shared(shared, rows.shared)
 
-    def upload(self, staged: Staged) -> tuple[StepColumns[Tensor], Extras[Tensor]]:
+    def upload(self, staged: Staged) -> tuple[StepColumns[Tensor], OptionalInputs[Tensor]]:
         """The step's inputs on the device."""
         at = staged.layout.words
 

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from asyncllm.core.kv_parts import Part
+from asyncllm.core.kv_heads import HeadRange
 from asyncllm.models.attention import KvLayout, LayerKv
 
 WORDS = (8, 4, 2, 1)  # bytes that the device copies at once
@@ -29,7 +29,7 @@ STAMP = 16  # bytes at the end of each row of pages; the first eight say what th
 
 
 @dataclass(frozen=True, slots=True)
-class Strip:
+class RowSlice:
     """A range of bytes in each row of a tensor.
 
     Attributes:
@@ -44,13 +44,13 @@ class Strip:
 
 
 @dataclass(frozen=True)
-class Strips:
+class SliceSet:
     """Strips of several tensors, on one device.
 
     In a page lie all tokens of the first strip, then of the next.
     """
 
-    strips: tuple[Strip, ...]
+    strips: tuple[RowSlice, ...]
 
     @property
     def width(self) -> int:
@@ -79,20 +79,20 @@ class Strips:
         return torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 5)
 
 
-def rows_to_page(strips: Strips, slots: Tensor, page: Tensor) -> None:
+def rows_to_page(strips: SliceSet, slots: Tensor, page: Tensor) -> None:
     """On the CPU: copy the strips of ``slots`` [n] int32 into ``page``, bytes."""
     for rows, where, part in _pieces(strips.strips, slots, page):
         torch.index_select(rows, 0, where, out=part)
 
 
-def page_to_rows(strips: Strips, slots: Tensor, page: Tensor) -> None:
+def page_to_rows(strips: SliceSet, slots: Tensor, page: Tensor) -> None:
     """On the CPU: the inverse of :func:`rows_to_page`."""
     for rows, where, part in _pieces(strips.strips, slots, page):
         rows.index_copy_(0, where, part)
 
 
 def _pieces(
-    strips: Sequence[Strip], slots: Tensor, page: Tensor
+    strips: Sequence[RowSlice], slots: Tensor, page: Tensor
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Of each strip all rows in equal pieces, which pieces are meant, and their part of the page.
 
@@ -136,11 +136,11 @@ class KvBytes:
         """Bytes per token."""
         return sum(rows.shape[1] for _, tensors in self._layers for rows in tensors)
 
-    def whole(self) -> Strips:
+    def whole(self) -> SliceSet:
         """All bytes."""
-        return self.strips([Part(0, 0, heads) for heads, _ in self._layers], sent=True)
+        return self.strips([HeadRange(0, 0, heads) for heads, _ in self._layers], sent=True)
 
-    def strips(self, parts: Sequence[Part | None], *, sent: bool) -> Strips:
+    def strips(self, parts: Sequence[HeadRange | None], *, sent: bool) -> SliceSet:
         """The bytes of some heads.
 
         Args:
@@ -154,8 +154,8 @@ class KvBytes:
             first = part.sent if sent else part.taken
             for rows in tensors:
                 size = rows.shape[1] // heads
-                strips.append(Strip(rows, first * size, part.count * size))
-        return Strips(tuple(strips))
+                strips.append(RowSlice(rows, first * size, part.count * size))
+        return SliceSet(tuple(strips))
 
 
 def as_bytes(x: Tensor) -> Tensor:
@@ -163,14 +163,14 @@ def as_bytes(x: Tensor) -> Tensor:
     return (x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)).view(torch.uint8)
 
 
-class Copied(Protocol):
+class QueuedCopy(Protocol):
     """A queued copy."""
 
     def wait(self) -> None:
         """Block, without the GIL, until it is done. Raises what the device raised."""
 
 
-class Pages(Protocol):
+class PageBuffers(Protocol):
     """A number of pages, and copies between them and slots.
 
     A page's stamp changes before its bytes do. So who reads the bytes of another process's page and
@@ -185,19 +185,19 @@ class Pages(Protocol):
     size: int
 
     def fill(
-        self, page: int, strips: Strips, slots: array[int], *, host: bool, stamp: int = 0
-    ) -> Copied:
+        self, page: int, strips: SliceSet, slots: array[int], *, host: bool, stamp: int = 0
+    ) -> QueuedCopy:
         """Queue a copy of slots into a page; ``host``: it is then in host memory as well."""
 
     def empty(
         self,
         page: int,
-        strips: Strips,
+        strips: SliceSet,
         slots: array[int],
         *,
         host: bool,
-        after: Copied | None = None,
-    ) -> Copied:
+        after: QueuedCopy | None = None,
+    ) -> QueuedCopy:
         """Queue a copy of a page into slots; ``host``: of what is there in host memory; ``after``:
         not before this one, on the same device, is done, and with it a copy of the stamp."""
 
@@ -215,7 +215,7 @@ class Pages(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class FinishedCopy:
     """A finished copy."""
 
     def wait(self) -> None:
@@ -225,7 +225,7 @@ class Done:
 Then = Callable[[], object]
 
 
-class Waiter:
+class CopyWaiter:
     """A thread that waits for copies in the order in which they were queued, so that whoever queues
     them goes on meanwhile.
 
@@ -235,14 +235,14 @@ class Waiter:
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
-        self._queued: queue.SimpleQueue[tuple[Copied, Then] | None] = queue.SimpleQueue()
+        self._queued: queue.SimpleQueue[tuple[QueuedCopy, Then] | None] = queue.SimpleQueue()
         self._over: deque[Then] = deque()
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
-    def watch(self, copied: Copied, then: Then) -> None:
+    def watch(self, copied: QueuedCopy, then: Then) -> None:
         """``then`` is given back by :meth:`over` when the copy is done."""
-        if isinstance(copied, Done):
+        if isinstance(copied, FinishedCopy):
             self._over.append(then)
             return
         if self._thread is None:
@@ -294,23 +294,23 @@ class CpuPages:
         self._memory, self._stamps = memory[:, :size], stamps(memory)
 
     def fill(
-        self, page: int, strips: Strips, slots: array[int], *, host: bool, stamp: int = 0
-    ) -> Done:
+        self, page: int, strips: SliceSet, slots: array[int], *, host: bool, stamp: int = 0
+    ) -> FinishedCopy:
         self._stamps[page].fill_(stamp)
         rows_to_page(strips, _column(slots), self._memory[page])
-        return Done()
+        return FinishedCopy()
 
     def empty(
         self,
         page: int,
-        strips: Strips,
+        strips: SliceSet,
         slots: array[int],
         *,
         host: bool,
-        after: Copied | None = None,
-    ) -> Done:
+        after: QueuedCopy | None = None,
+    ) -> FinishedCopy:
         page_to_rows(strips, _column(slots), self._memory[page])
-        return Done()
+        return FinishedCopy()
 
     def host(self, page: int) -> memoryview:
         return self._memory[page].numpy().data
@@ -336,7 +336,7 @@ def stamps(memory: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class CudaCopied:
+class CudaCopy:
     """A copy on a stream.
 
     Attributes:
@@ -350,7 +350,7 @@ class CudaCopied:
         self.event.synchronize()
 
 
-def warm_up(pages: Pages, kv: KvBytes, slot: int) -> None:
+def warm_up(pages: PageBuffers, kv: KvBytes, slot: int) -> None:
     """Copy a slot that nobody reads into all pages and back, so that no transfer waits to compile
     or for pinned memory; start-up only."""
     strips = kv.whole()
@@ -382,8 +382,8 @@ class CudaPages:
         self._host: Tensor | None = None
 
     def fill(
-        self, page: int, strips: Strips, slots: array[int], *, host: bool, stamp: int = 0
-    ) -> CudaCopied:
+        self, page: int, strips: SliceSet, slots: array[int], *, host: bool, stamp: int = 0
+    ) -> CudaCopy:
         size = len(slots) * strips.width
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             there = self._there(page, slots)
@@ -396,18 +396,18 @@ class CudaPages:
     def empty(
         self,
         page: int,
-        strips: Strips,
+        strips: SliceSet,
         slots: array[int],
         *,
         host: bool,
-        after: Copied | None = None,
-    ) -> CudaCopied:
+        after: QueuedCopy | None = None,
+    ) -> CudaCopy:
         size = len(slots) * strips.width
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             there = self._there(page, slots)
             if host:
                 self._bytes[page, :size].copy_(self._pinned[page, :size], non_blocking=True)
-            if isinstance(after, CudaCopied):
+            if isinstance(after, CudaCopy):
                 self._stream.wait_event(after.event)
                 self._stamped[page].copy_(self._stamps[page], non_blocking=True)
             self._kernels.page_to_rows(strips.table, strips.word, there, self._bytes[page])
@@ -445,11 +445,11 @@ class CudaPages:
         return there.copy_(pinned, non_blocking=True)
 
 
-def recorded(stream: torch.cuda.Stream, kept: object = None) -> CudaCopied:
+def recorded(stream: torch.cuda.Stream, kept: object = None) -> CudaCopy:
     """What has been queued on ``stream`` until now."""
     event = torch.cuda.Event(blocking=True)
     event.record(stream)
-    return CudaCopied(event, kept)
+    return CudaCopy(event, kept)
 
 
 def _column(slots: array[int]) -> Tensor:

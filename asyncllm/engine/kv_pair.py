@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroupGloo, Store, Work
 
-from asyncllm.engine.kv_pages import Copied, Waiter, recorded
+from asyncllm.engine.kv_pages import CopyWaiter, QueuedCopy, recorded
 
 NEVER = timedelta(days=365)  # torch's timeouts end the process; ours end the pair
 
@@ -39,7 +39,7 @@ class Communicator(Protocol):
         """Abort hanging operations."""
 
 
-class PairMeeting(Store):
+class PairStore(Store):
     """A store through which two processes exchange what their communicators need to connect.
 
     Values set here must be sent to the other side, and values read here come from there.
@@ -89,7 +89,7 @@ class PairMeeting(Store):
             raise RuntimeError(f"the other side has not said {keys}")
 
 
-class Pair:
+class RankPair:
     """Two ranks, each of which has one of these; pages go from place 0 to place 1.
 
     Args:
@@ -107,8 +107,8 @@ class Pair:
 
     def __init__(
         self,
-        make: Callable[[PairMeeting], Communicator],
-        queued: Callable[[Work], Copied],
+        make: Callable[[PairStore], Communicator],
+        queued: Callable[[Work], QueuedCopy],
         abort: Callable[[Communicator], None],
         timeout_s: float,
         wake: Callable[[], None],
@@ -118,8 +118,8 @@ class Pair:
         self.ready = self.closed = False
         self.failed = ""
         self._over = False
-        self._meeting = PairMeeting(timeout_s, wake)
-        self._waiter = Waiter(wake)
+        self._meeting = PairStore(timeout_s, wake)
+        self._waiter = CopyWaiter(wake)
         self._jobs: queue.SimpleQueue[tuple[int, Tensor, bool] | None] = queue.SimpleQueue()
         self._under_way, self._moved = 0, 0.0
         self._done: deque[int] = deque()
@@ -193,7 +193,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class _Work:
+class _BackendWork:
     """One that the host waits for."""
 
     work: Work
@@ -203,34 +203,38 @@ class _Work:
         self.work.wait(self.timeout)
 
 
-def nccl_pair(place: int, device: torch.device, timeout_s: float, wake: Callable[[], None]) -> Pair:
+def nccl_pair(
+    place: int, device: torch.device, timeout_s: float, wake: Callable[[], None]
+) -> RankPair:
     """Over NCCL, on a stream of its own."""
     stream = torch.cuda.Stream(device)
 
-    def make(meeting: PairMeeting) -> Communicator:
+    def make(meeting: PairStore) -> Communicator:
         torch.cuda.set_device(device)  # the thread's
         torch.cuda.set_stream(stream)
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = NEVER
         return cast("Communicator", dist.ProcessGroupNCCL(meeting, place, 2, options))
 
-    def queued(work: Work) -> Copied:
+    def queued(work: Work) -> QueuedCopy:
         work.wait()  # the stream does
         return recorded(stream)
 
-    return Pair(make, queued, lambda group: group.abort(), timeout_s, wake)
+    return RankPair(make, queued, lambda group: group.abort(), timeout_s, wake)
 
 
-def gloo_pair(place: int, device: torch.device, timeout_s: float, wake: Callable[[], None]) -> Pair:
+def gloo_pair(
+    place: int, device: torch.device, timeout_s: float, wake: Callable[[], None]
+) -> RankPair:
     """Over gloo on the loopback interface: the same on a CPU, for tests."""
 
-    def make(meeting: PairMeeting) -> Communicator:
+    def make(meeting: PairStore) -> Communicator:
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         options._timeout = timedelta(seconds=timeout_s)
         return cast("Communicator", ProcessGroupGloo(meeting, place, 2, options))
 
-    def queued(work: Work) -> Copied:
-        return _Work(work, timedelta(seconds=timeout_s))
+    def queued(work: Work) -> QueuedCopy:
+        return _BackendWork(work, timedelta(seconds=timeout_s))
 
-    return Pair(make, queued, lambda group: None, timeout_s, wake)
+    return RankPair(make, queued, lambda group: None, timeout_s, wake)

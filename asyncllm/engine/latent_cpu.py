@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from asyncllm.kernels.attention.quantize import dequantize_ref, quantize_ref
-from asyncllm.models.angles import rope_tables
 from asyncllm.models.attention import (
     Batch,
     KvLatents,
@@ -19,6 +18,7 @@ from asyncllm.models.attention import (
     decompressed_from,
     refuse_beyond_latent,
 )
+from asyncllm.models.rope_tables import rope_tables
 from asyncllm.models.spec import AttentionSpec
 
 SCORES = 1 << 22  # maximum scores in memory, or those of one token
@@ -45,7 +45,7 @@ class TorchLatents(KvLatents):
         return dequantize_ref(rows, kv[1].index_select(0, slots)[:, None], self.dtype)
 
 
-class TorchLatent:
+class TorchLatentAttention:
     """Implements :class:`asyncllm.models.attention.AttentionBackend`.
 
     Args:

@@ -20,7 +20,6 @@ from asyncllm.kernels.latent.heads import heads
 from asyncllm.kernels.latent.plan import AttendPlan, ChunkPlan, plan_attend, plan_chunks
 from asyncllm.kernels.latent.prefill import prefill
 from asyncllm.kernels.latent.write import write
-from asyncllm.models.angles import rope_tables
 from asyncllm.models.attention import (
     Batch,
     KvLatents,
@@ -30,6 +29,7 @@ from asyncllm.models.attention import (
     decompressed_from,
     refuse_beyond_latent,
 )
+from asyncllm.models.rope_tables import rope_tables
 from asyncllm.models.spec import AttentionSpec
 
 MAX_RANK, MAX_PART = 512, 256  # of a latent; of a head's rotary part, non-rotary part and values
@@ -43,7 +43,7 @@ class TritonLatents(KvLatents):
 
 
 @dataclass(frozen=True, slots=True)
-class Space:
+class DecompressBuffer:
     """Buffer for the decompressed keys and values of a group of heads; all layers share it."""
 
     group: int  # heads
@@ -55,7 +55,7 @@ class Space:
         return self.made.nbytes + self.keys.nbytes
 
 
-class TritonLatent:
+class TritonLatentAttention:
     """Implements :class:`asyncllm.models.attention.AttentionBackend`.
 
     Args:
@@ -110,7 +110,7 @@ class TritonLatentPlan:
     spec: AttentionSpec
     batch: Batch
     cos_sin: Tensor
-    space: Space
+    space: DecompressBuffer
     least: int
     decode: AttendPlan | None = None
     chunks: ChunkPlan | None = None
@@ -184,7 +184,9 @@ class TritonLatentPlan:
         prefill(q[..., :plain], q[..., plain:], made, keys, *rows, self.spec.scale, out)
 
 
-def _space(spec: AttentionSpec, max_len: int, dtype: torch.dtype, where: torch.device) -> Space:
+def _space(
+    spec: AttentionSpec, max_len: int, dtype: torch.dtype, where: torch.device
+) -> DecompressBuffer:
     """The buffer: for all keys of the longest sequence, if a group of heads can be small enough."""
     assert spec.rope is not None
     made, num, wanted = spec.head_dim - spec.rope.dim + spec.v_dim, spec.num_q_heads, max_len
@@ -192,7 +194,7 @@ def _space(spec: AttentionSpec, max_len: int, dtype: torch.dtype, where: torch.d
     most = min(GROUP, num, max(1, SPACE // (dtype.itemsize * made * wanted)))
     group = next(size for size in range(most, 0, -1) if num % size == 0)
     tokens = min(wanted, SPACE // (dtype.itemsize * made * group))
-    return Space(
+    return DecompressBuffer(
         group,
         torch.empty(tokens, group, made, dtype=dtype, device=where),
         torch.empty(tokens, spec.rope.dim, dtype=dtype, device=where),

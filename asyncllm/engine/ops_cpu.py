@@ -8,7 +8,7 @@ from torch.nn.functional import embedding, gelu, linear, rms_norm, silu
 
 from asyncllm.engine import experts_cpu, quant_torch
 from asyncllm.engine.int4_cpu import TorchPackedOps
-from asyncllm.models.ops import Activations, Held
+from asyncllm.models.ops import Activations, LocalExperts
 from asyncllm.models.quantization import ROW_FORMS, QuantRows, QuantStack, QuantWeight, RowForm
 from asyncllm.models.spec import Activation, ExpertsSpec
 
@@ -138,7 +138,7 @@ class TorchOps:
     def gated_rows(self, x: Tensor, activation: Activation, form: RowForm) -> QuantRows:
         return quant_torch.in_8_bits(self.gated(x, activation), form)
 
-    def pack_experts(self, held: Held, spec: ExpertsSpec, dtype: torch.dtype) -> None:
+    def pack_experts(self, held: LocalExperts, spec: ExpertsSpec, dtype: torch.dtype) -> None:
         if not isinstance(held.gate_up, QuantStack):
             held.gate_up = [self.pack(weight) for weight in held.gate_up]
         if not isinstance(held.down, QuantStack):
@@ -152,7 +152,7 @@ class TorchOps:
     def experts(
         self,
         x: Tensor,
-        held: Held,
+        held: LocalExperts,
         routed: tuple[Tensor, Tensor],
         shared: tuple[Tensor, Tensor | None] | None,
         out: Tensor | None,
@@ -177,7 +177,7 @@ class TorchOps:
         return experts_cpu.work_bytes(spec, hidden, inner, itemsize)
 
     def experts_quant_bytes(
-        self, held: Held, num_tokens: int, top_k: int, dtype: torch.dtype
+        self, held: LocalExperts, num_tokens: int, top_k: int, dtype: torch.dtype
     ) -> int:
         """Each expert by itself, which may get all tokens."""
         stacks = [each for each in (held.gate_up, held.down) if isinstance(each, QuantStack)]

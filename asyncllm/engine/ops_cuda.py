@@ -15,7 +15,7 @@ from asyncllm.kernels.moe.route import route
 from asyncllm.kernels.qk_rmsnorm import qk_rmsnorm
 from asyncllm.kernels.quant.rows import gated_rows, rmsnorm_rows
 from asyncllm.kernels.rmsnorm import add_rmsnorm, rmsnorm
-from asyncllm.models.ops import Activations, Held
+from asyncllm.models.ops import Activations, LocalExperts
 from asyncllm.models.quantization import QuantRows, QuantStack, QuantWeight, RowForm
 from asyncllm.models.spec import Activation, ExpertsSpec
 
@@ -109,7 +109,7 @@ class TritonOps:
         made = gated_rows(x, activation, EIGHT_BITS[form], blocked=form == "fp8_block")
         return QuantRows(form, *made, x.dtype)
 
-    def pack_experts(self, held: Held, spec: ExpertsSpec, dtype: torch.dtype) -> None:
+    def pack_experts(self, held: LocalExperts, spec: ExpertsSpec, dtype: torch.dtype) -> None:
         stacks, scales = _stacks(held)
         prepare(*stacks, scales, held.numbers, spec.top_k, held.activation, dtype)
 
@@ -132,7 +132,7 @@ class TritonOps:
     def experts(
         self,
         x: Tensor,
-        held: Held,
+        held: LocalExperts,
         routed: tuple[Tensor, Tensor],
         shared: tuple[Tensor, Tensor | None] | None,
         out: Tensor | None,
@@ -157,7 +157,7 @@ class TritonOps:
         return 4 * spec.num_experts + spec.top_k * (20 + itemsize * (inner + hidden))
 
     def experts_quant_bytes(
-        self, held: Held, num_tokens: int, top_k: int, dtype: torch.dtype
+        self, held: LocalExperts, num_tokens: int, top_k: int, dtype: torch.dtype
     ) -> int:
         """Tokens in 8 bits, and then what the first product makes of each pair."""
         rows = ((held.gate_up, num_tokens), (held.down, num_tokens * top_k))
@@ -169,7 +169,9 @@ class TritonOps:
         return max(found, default=0)
 
 
-def _stacks(held: Held) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+def _stacks(
+    held: LocalExperts,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
     """Matrices of both products, and their scales."""
     found: list[tuple[Tensor, Tensor | None]] = []
     for stack in (held.gate_up, held.down):

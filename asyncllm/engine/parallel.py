@@ -128,7 +128,7 @@ class Ranks:
         if topology.in_step:
             self.world = self._spread(topology, me, device)
 
-    def _spread(self, topology: Topology, me: Endpoint, device: torch.device) -> Spread:
+    def _spread(self, topology: Topology, me: Endpoint, device: torch.device) -> ExpertParallel:
         """Create a process group per rank index: the ranks with that index in all groups."""
         ranks, groups = topology.ranks, topology.groups
         cuda = device.type == "cuda"
@@ -143,7 +143,7 @@ class Ranks:
             )
         made = dist.new_group(timeout=RENDEZVOUS_TIMEOUT, device_id=device if cuda else None)
         every = TensorParallel(made, self._rank, self._size, device)
-        return Spread(self.group, every, columns[me.group_rank], len(groups))
+        return ExpertParallel(self.group, every, columns[me.group_rank], len(groups))
 
     def minimum(self, value: int) -> int:
         """Smallest of all ranks' values; start-up only, it waits for all.
@@ -254,7 +254,7 @@ class TensorParallel:
             log.info("all-reduces of up to %d rows use symmetric memory", SYMMETRIC_ROWS)
 
 
-class Spread:
+class ExpertParallel:
     """All ranks of several groups in lockstep, which share the experts.
 
     All ranks of a group know its tokens. A column is the ranks of equal index in all groups.
@@ -370,4 +370,4 @@ class SymmetricSum:
 
 
 Group = SingleRank | TensorParallel
-AnyWorld = SingleRank | TensorParallel | Spread
+AnyWorld = SingleRank | TensorParallel | ExpertParallel

@@ -45,7 +45,7 @@ EIGHT_BITS: dict[RowForm, torch.dtype] = {
 
 
 @dataclass(frozen=True, slots=True)
-class QuantWays:
+class KernelThresholds:
     """Up to how many rows each kernel is used.
 
     Attributes:
@@ -61,18 +61,18 @@ class QuantWays:
 
 
 _ALL = 1 << 30
-_WAYS: dict[QuantKind, QuantWays] = {
-    "fp8_channel": QuantWays(32, 64),
-    "fp8_block": QuantWays(16, _ALL),
-    "int8_channel": QuantWays(32, _ALL),
-    "int4_group": QuantWays(512, 512),
+_WAYS: dict[QuantKind, KernelThresholds] = {
+    "fp8_channel": KernelThresholds(32, 64),
+    "fp8_block": KernelThresholds(16, _ALL),
+    "int8_channel": KernelThresholds(32, _ALL),
+    "int4_group": KernelThresholds(512, 512),
 }
 
 
-def ways_of(kind: QuantKind, device: torch.device) -> QuantWays:
+def ways_of(kind: QuantKind, device: torch.device) -> KernelThresholds:
     """The thresholds measured on the device, or those of the table."""
     entry = tuned(device, "quant ways", kind)
-    return _WAYS[kind] if entry is None else QuantWays(**entry)
+    return _WAYS[kind] if entry is None else KernelThresholds(**entry)
 
 
 def pack_quant(weight: QuantWeight) -> QuantWeight:
@@ -131,7 +131,7 @@ def quant_linear(
     weight: QuantWeight,
     bias: Tensor | None = None,
     out: Tensor | None = None,
-    ways: QuantWays | None = None,
+    ways: KernelThresholds | None = None,
 ) -> Tensor:
     """:meth:`asyncllm.models.ops.Ops.quant_linear` for a weight converted by ``pack_quant``.
 
@@ -156,7 +156,7 @@ def quant_linear(
 
 
 def _of_four_bits(
-    x: Tensor, weight: QuantWeight, bias: Tensor | None, out: Tensor, ways: QuantWays
+    x: Tensor, weight: QuantWeight, bias: Tensor | None, out: Tensor, ways: KernelThresholds
 ) -> Tensor:
     data, scales = weight.data, weight.scales
     if not _is_packed(weight):  # groups that the kernel does not know

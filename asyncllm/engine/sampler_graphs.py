@@ -23,7 +23,9 @@ MAX_ROWS = 1024
 # greedy, truncates, penalized
 KINDS = ((True, False, False), (False, False, False), (False, True, False), (False, True, True))
 
-Ended = tuple[Tensor, Tensor | None]  # tokens [n] int32, their log-probabilities [n] float32
+SampledTokens = tuple[
+    Tensor, Tensor | None
+]  # tokens [n] int32, their log-probabilities [n] float32
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -51,7 +53,7 @@ def sampler_sizes(most: int) -> list[int]:
     return [s for s in sizes if s < last] + [last]
 
 
-class SamplerGraphs(GraphSet[SamplerVariant, Ended]):
+class SamplerGraphs(GraphSet[SamplerVariant, SampledTokens]):
     """Tokens and log-probabilities, by number of rows and kind of sampling.
 
     Args:
@@ -75,7 +77,7 @@ class SamplerGraphs(GraphSet[SamplerVariant, Ended]):
         self,
         capture: Capture,
         uploader: Uploader,
-        run: Callable[[Tensor, StepColumns[Tensor], SamplerVariant], Ended],
+        run: Callable[[Tensor, StepColumns[Tensor], SamplerVariant], SampledTokens],
     ) -> None:
         """Capture all; their columns precede those of any bucket."""
         columns = uploader.captured(Bucket(0, 0, 0))
@@ -97,7 +99,7 @@ class SamplerGraphs(GraphSet[SamplerVariant, Ended]):
 
     def end(
         self, variant: SamplerVariant, hidden: Tensor, rows: Tensor | None, num_rows: int
-    ) -> Ended:
+    ) -> SampledTokens:
         """Queue the graph for ``hidden[rows]`` (None: the first ones).
 
         Returns:

@@ -14,12 +14,12 @@ from asyncllm.core.request import SamplingParams
 from asyncllm.engine.step_inputs import (
     F32,
     I32,
-    Bias,
     GivenTokens,
     HostColumn,
-    Lengths,
+    LengthPenalties,
+    LogitBias,
     Penalties,
-    Rows,
+    StepRows,
 )
 from asyncllm.messages import StepPlan
 
@@ -40,9 +40,9 @@ class SamplingBatch:
     uniform: F32  # in (0, 1), a function of (seed, position)
     all_greedy: bool
     truncates: bool  # some row has top_k, top_p or min_p
-    bias: Bias[HostColumn] | None
+    bias: LogitBias[HostColumn] | None
     penalties: Penalties[HostColumn] | None
-    lengths: Lengths[HostColumn] | None
+    lengths: LengthPenalties[HostColumn] | None
     num_top: int  # most alternatives of any row; -1: no log-probabilities
     given: GivenTokens[HostColumn] | None
     masked: bool  # some row has a mask
@@ -126,7 +126,7 @@ class SamplingTable:
             self.scored[number] = p.prompt_logprobs >= 0
             self.names_tokens[number] = bool(p.logprob_ids)
 
-    def batch(self, rows: Rows, masked: bool = False) -> SamplingBatch:
+    def batch(self, rows: StepRows, masked: bool = False) -> SamplingBatch:
         """Parameters of the rows of a step that sample, in row order."""
         lanes, ends = rows.lanes[rows.samples], rows.sampled_lens
         temperature = self.temperature[lanes]
@@ -150,7 +150,7 @@ class SamplingTable:
             masked=masked,
         )
 
-    def _lengths(self, lanes: I32, ends: I32) -> Lengths[HostColumn] | None:
+    def _lengths(self, lanes: I32, ends: I32) -> LengthPenalties[HostColumn] | None:
         """Rows beyond the start of their length penalty, and factor ** (tokens beyond) - 1."""
         generated = ends - self.prompt_len[lanes]
         beyond = generated - self.length_start[lanes]
@@ -161,7 +161,7 @@ class SamplingTable:
         rows = np.flatnonzero(on).astype(np.int32)
         with np.errstate(over="ignore"):
             grown = np.power(self.length_factor[lanes[rows]], beyond[rows]) - 1
-        return Lengths(rows, np.minimum(grown, MOST_SCALE).astype(np.float32))
+        return LengthPenalties(rows, np.minimum(grown, MOST_SCALE).astype(np.float32))
 
     def _penalties(self, lanes: I32, ends: I32) -> Penalties[HostColumn] | None:
         on = self.penalized[lanes]
@@ -180,7 +180,7 @@ class SamplingTable:
             penalize_prompt=self.penalize_prompt[lanes].astype(np.int32),
         )
 
-    def _bias(self, lanes: I32, ends: I32) -> Bias[HostColumn] | None:
+    def _bias(self, lanes: I32, ends: I32) -> LogitBias[HostColumn] | None:
         """Biases of logit_bias, and bans of end tokens before min_new_tokens."""
         banned = ends - self.prompt_len[lanes] < self.least[lanes]
         entries = [
@@ -192,7 +192,7 @@ class SamplingTable:
         if not entries:
             return None
         rows, tokens, values = zip(*entries, strict=True)
-        return Bias(
+        return LogitBias(
             np.array(rows, np.int32), np.array(tokens, np.int32), np.array(values, np.float32)
         )
 
@@ -214,7 +214,7 @@ class SamplingTable:
             pairs += [(token, BAN) for token in ends]
         return pairs
 
-    def scores(self, rows: Rows) -> list[Scored]:
+    def scores(self, rows: StepRows) -> list[Scored]:
         """Prompt log-probabilities that this step can yield."""
         out = []
         for row in np.flatnonzero(self.scored[rows.lanes]):

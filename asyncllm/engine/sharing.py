@@ -28,7 +28,7 @@ class SharedColumns(NamedTuple):
     saved: int  # tokens per layer whose K/V are not reread
 
 
-class Sharing:
+class SharedReads:
     """Forms the groups of steps; caches the last ones, since most steps change nothing.
 
     Attributes:

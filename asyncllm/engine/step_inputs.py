@@ -23,7 +23,7 @@ B = TypeVar("B")
 
 
 @dataclass(slots=True)
-class Rows:
+class StepRows:
     """A step plan unpacked: one entry per row, per new token or per cached token."""
 
     lanes: I32
@@ -53,7 +53,7 @@ class Rows:
         return Bucket(len(self.tokens), self.num_decode, len(self.lanes) - self.num_decode)
 
 
-def unpack(plan: StepPlan, max_len: int, *, two_spaces: bool = False) -> Rows:
+def unpack(plan: StepPlan, max_len: int, *, two_spaces: bool = False) -> StepRows:
     """Spread the columns of ``plan`` over its tokens; ~50 us at 256 rows.
 
     Without ``two_spaces`` all layers use one column of slots: the sliding one, if present.
@@ -79,7 +79,7 @@ def unpack(plan: StepPlan, max_len: int, *, two_spaces: bool = False) -> Rows:
         if sliding is not None:
             cached_sliding = Scatter[HostColumn](places, sliding[old])
             sliding = sliding[~old]
-    return Rows(
+    return StepRows(
         lanes=lanes,
         starts=starts,
         counts=counts,
@@ -176,7 +176,7 @@ class Scatter(NamedTuple, Generic[A]):
     values: A
 
 
-class Bias(NamedTuple, Generic[A]):
+class LogitBias(NamedTuple, Generic[A]):
     """``logits[rows, tokens] += values``."""
 
     rows: A
@@ -192,7 +192,7 @@ class GivenTokens(NamedTuple, Generic[A]):
     tokens: A
 
 
-class Lengths(NamedTuple, Generic[A]):
+class LengthPenalties(NamedTuple, Generic[A]):
     """Rows whose logits of end tokens are raised, and the factor."""
 
     rows: A
@@ -207,29 +207,29 @@ class Bitmask(NamedTuple, Generic[A]):
     bits: A  # [m, words]
 
 
-class Targets(NamedTuple, Generic[A]):
+class PromptTargets(NamedTuple, Generic[A]):
     """Prompt tokens whose log-probabilities are requested, over all rows."""
 
     tokens: A
 
 
 @dataclass(slots=True)
-class Extras(Generic[A]):
+class OptionalInputs(Generic[A]):
     """Optional inputs of a step."""
 
     known: Scatter[A] | None = None  # tokens for the history
     cached: Scatter[A] | None = None  # slots for the table
     cached_sliding: Scatter[A] | None = None  # for the table of the second space
-    bias: Bias[A] | None = None
+    bias: LogitBias[A] | None = None
     penalties: Penalties[A] | None = None  # of rows that have any, if no graph applies them
-    lengths: Lengths[A] | None = None
+    lengths: LengthPenalties[A] | None = None
     given: GivenTokens[A] | None = None
     masks: Bitmask[A] | None = None
-    targets: Targets[A] | None = None
+    targets: PromptTargets[A] | None = None
 
-    def map(self, call: Callable[[A], B]) -> Extras[B]:
+    def map(self, call: Callable[[A], B]) -> OptionalInputs[B]:
         """With ``call`` applied to each column, in a fixed order."""
-        made: Extras[B] = Extras()
+        made: OptionalInputs[B] = OptionalInputs()
         for name in self.__slots__:
             if (group := getattr(self, name)) is not None:
                 setattr(made, name, group._make(map(call, group)))

@@ -35,7 +35,7 @@ class AskNodes(Message):
 
 
 @message(93)
-class NodesTold(Message):
+class NodesAnswer(Message):
     """director -> frontend: the answer to ``AskNodes``."""
 
     query: int
@@ -60,7 +60,7 @@ class DirectorStats(Message):
     handovers: int = 0
     reserve_ms: int = 0
     handover_ms: int = 0
-    # of all nodes, including those that have left; see ``KvMoved``
+    # of all nodes, including those that have left; see ``TransferTotals``
     kv_sent_bytes: int = 0
     kv_tokens: int = 0
     kv_transfers: int = 0

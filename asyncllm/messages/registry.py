@@ -14,7 +14,7 @@ def _is_port(value: int) -> bool:
 
 @record
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MasterAt:
+class MasterAddress:
     """A pd_master that has registered.
 
     Args:
@@ -32,7 +32,7 @@ class MasterAt:
 
 
 @message(120)
-class Announce(Message):
+class AnnounceMaster(Message):
     """guide of a master -> registry: nodes can reach me there."""
 
     host: str
@@ -43,10 +43,10 @@ class Announce(Message):
 
 
 @message(121)
-class Masters(Message):
+class MasterList(Message):
     """registry -> guide, on every change; guide -> agent and frontends: all registered masters."""
 
-    masters: tuple[MasterAt, ...]
+    masters: tuple[MasterAddress, ...]
     away: bool = False  # the config_server is unreachable: this is its last list
 
     def valid(self) -> bool:
@@ -55,7 +55,7 @@ class Masters(Message):
 
 @message(122)
 class AskMasters(Message):
-    """frontend -> guide: send me ``Masters``, now and on every change."""
+    """frontend -> guide: send me ``MasterList``, now and on every change."""
 
     endpoint: int
 
@@ -64,7 +64,7 @@ class AskMasters(Message):
 
 
 @message(123)
-class Claim(Message):
+class LeasePort(Message):
     """tenant -> registry: lease this port to us as our rendezvous."""
 
     port: int
@@ -77,14 +77,14 @@ class Claim(Message):
 
 
 @message(124)
-class Claimed(Message):
+class PortLeased(Message):
     """registry -> tenant: the port is leased until you disconnect."""
 
     port: int
 
 
 @message(125)
-class Denied(Message):
+class LeaseDenied(Message):
     """registry -> tenant: the port is taken or cannot be listened on."""
 
     port: int
@@ -92,7 +92,7 @@ class Denied(Message):
 
 
 @message(126)
-class Seek(Message):
+class FindRendezvous(Message):
     """tenant on another node -> registry: where is the first node of this port's server?"""
 
     port: int
@@ -102,8 +102,8 @@ class Seek(Message):
 
 
 @message(127)
-class Sought(Message):
-    """registry -> tenant: the answer to ``Seek``, as soon as it is known."""
+class RendezvousFound(Message):
+    """registry -> tenant: the answer to ``FindRendezvous``, as soon as it is known."""
 
     port: int
     meets: str

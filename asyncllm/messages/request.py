@@ -6,9 +6,9 @@ from array import array
 from dataclasses import field
 
 from asyncllm.codec import INT32, Message, message
-from asyncllm.core.request import GRAMMARS, Reason, SamplingParams
+from asyncllm.core.request import GRAMMARS, FinishReason, SamplingParams
 from asyncllm.messages.checks import are_counts, are_natural, is_rid
-from asyncllm.records import ConstraintDone, Destination, Failure, Logprobs, int32s
+from asyncllm.records import ConstraintDone, Failure, KvDestination, Logprobs, int32s
 
 THOUGHTS = ("open", "closed", "none", "")  # of Submit
 
@@ -66,10 +66,10 @@ class Submit(Message):
     client: int = 0  # this and the next one as in Tokenize
     request_id: str = ""
     outputs: array[int] = field(default_factory=int32s)
-    # K/V of prompt and outputs, and the token after them (``Begin``), come from another server
+    # K/V of prompt and outputs, and the token after them (``BeginDecode``), come from another server
     imports: bool = False
     # it ends with reason MOVED after one new token; K/V of prompt and outputs are sent there
-    exports: Destination | None = None
+    exports: KvDestination | None = None
     prediction: array[int] = field(default_factory=int32s)  # what the answer may repeat: a hint
 
     def valid(self) -> bool:
@@ -135,7 +135,7 @@ class OpenTextStream(Message):
 
 
 @message(6)
-class Count(Message):
+class CountTokens(Message):
     """frontend -> tokenizer (same process): count the tokens of this text."""
 
     query: int
@@ -146,8 +146,8 @@ class Count(Message):
 
 
 @message(7)
-class Counted(Message):
-    """tokenizer -> frontend: the answer to ``Count``."""
+class TokensCounted(Message):
+    """tokenizer -> frontend: the answer to ``CountTokens``."""
 
     query: int
     ids: array[int] = field(default_factory=int32s)
@@ -155,7 +155,7 @@ class Counted(Message):
 
 
 @message(8)
-class Prepared(Message):
+class PromptEncoded(Message):
     """tokenizer -> itself: the result of a pool thread, or a timeout."""
 
     job: int
@@ -168,8 +168,8 @@ class Prepared(Message):
 
 
 @message(26)
-class Compile(Message):
-    """tokenizer -> grammar@leader: compile this grammar; the answer is ``Compiled``.
+class CompileGrammar(Message):
+    """tokenizer -> grammar@leader: compile this grammar; the answer is ``GrammarReady``.
 
     With several groups the balancer sends it to all leaders, and each of them answers.
     """
@@ -185,7 +185,7 @@ class Compile(Message):
 
 
 @message(27)
-class Compiled(Message):
+class GrammarReady(Message):
     """grammar@leader -> tokenizer: requests with this grammar can be submitted, or why not."""
 
     job: int
@@ -206,7 +206,7 @@ class GrammarBuilt(Message):
 
 
 @message(29)
-class Worked(Message):
+class ConstraintsAdvanced(Message):
     """scheduler -> itself: a thread's results for constraints."""
 
     done: tuple[ConstraintDone, ...]
@@ -235,7 +235,7 @@ class Tokens(Message):
 
 
 @message(21)
-class Delta(Message):
+class TextDelta(Message):
     """detokenizer -> frontend (same process): new text of one request, possibly for several
     tokens."""
 
@@ -266,7 +266,7 @@ class Finished(Message):
     """scheduler -> detokenizer -> frontend, or tokenizer -> frontend: exactly one per request."""
 
     rid: int
-    reason: Reason
+    reason: FinishReason
     failure: Failure | None = None  # for ERROR
     cached_len: int = 0  # prompt tokens that came from the prefix cache
     num_tokens: int = 0  # generated tokens
@@ -280,14 +280,14 @@ class Finished(Message):
             is_rid(self.rid)
             and self.accepted <= self.drafted
             and are_counts(self.drafted, self.accepted)
-            and (self.failure is not None) == (self.reason is Reason.ERROR)
+            and (self.failure is not None) == (self.reason is FinishReason.ERROR)
             and (self.failure is None or self.failure.valid)
             and are_counts(self.cached_len, self.num_tokens)
         )
 
 
 @message(50)
-class Orphaned(Message):
+class RequestsOrphaned(Message):
     """balancer -> detokenizer of one frontend's process: these requests were on a lost group.
 
     Those without any token so far are restarted; the others end.
@@ -298,8 +298,8 @@ class Orphaned(Message):
 
 
 @message(51)
-class Again(Message):
-    """detokenizer -> balancer: the answer to ``Orphaned``."""
+class ResubmitRequests(Message):
+    """detokenizer -> balancer: the answer to ``RequestsOrphaned``."""
 
     rids: array[int]  # int64; to be restarted
     over: array[int]  # int64; the others
@@ -309,5 +309,5 @@ class Again(Message):
 
 
 @message(24)
-class Flush(Message):
+class FlushStreams(Message):
     """detokenizer -> itself: continue with the streams that have new tokens."""

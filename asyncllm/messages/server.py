@@ -7,7 +7,7 @@ from math import isfinite
 
 from asyncllm.codec import Message, message
 from asyncllm.messages.checks import are_counts
-from asyncllm.records import Answered, KvMoved, Load
+from asyncllm.records import AnsweredRequest, GroupLoad, TransferTotals
 from asyncllm.topology import Contract, Endpoint, Topology
 
 
@@ -47,7 +47,7 @@ class Started(Message):
 
 
 @message(37)
-class Lost(Message):
+class ServerLost(Message):
     """coordinator -> another watchdog: the server fails, or continues without the receiver's group;
     end running requests with an error."""
 
@@ -55,7 +55,7 @@ class Lost(Message):
 
 
 @message(48)
-class GroupLost(Message):
+class GroupFailed(Message):
     """the process that starts the others of a node -> coordinator: a group has failed."""
 
     group: int
@@ -63,7 +63,7 @@ class GroupLost(Message):
 
 
 @message(49)
-class GroupGone(Message):
+class GroupRemoved(Message):
     """coordinator -> balancer, and every tokenizer, detokenizer and frontend: the server continues
     without a group. Later messages of its leader are ignored."""
 
@@ -81,7 +81,7 @@ class Welcome(Message):
 
 
 @message(38)
-class Gone(Message):
+class EndpointGone(Message):
     """coordinator -> balancer and every scheduler: an endpoint's process has ended.
 
     Its requests have ended with it.
@@ -91,7 +91,7 @@ class Gone(Message):
 
 
 @message(39)
-class Replaced(Message):
+class WorkerReplaced(Message):
     """the process -> coordinator: an HTTP worker has ended; another one starts in its place."""
 
     endpoint: int
@@ -113,8 +113,8 @@ class Scraped(Message):
 
     query: int
     exposition: bytes  # Prometheus text
-    loads: tuple[Load, ...]  # of each group
-    moved: KvMoved = field(default_factory=KvMoved)
+    loads: tuple[GroupLoad, ...]  # of each group
+    moved: TransferTotals = field(default_factory=TransferTotals)
 
 
 @message(42)
@@ -173,7 +173,7 @@ class AllocatorStats(Message):
 class RequestServed(Message):
     """frontend -> coordinator: HTTP requests have been answered."""
 
-    answers: tuple[Answered, ...]
+    answers: tuple[AnsweredRequest, ...]
 
     def valid(self) -> bool:
         return all(

@@ -7,11 +7,11 @@ from dataclasses import field
 
 from asyncllm.codec import INT32, Message, message
 from asyncllm.messages.checks import MAX_COUNT, are_counts, are_natural
-from asyncllm.records import Logprobs, Opened, int32s, int64s
+from asyncllm.records import Logprobs, OpenedLane, int32s, int64s
 
 
 @message(10)
-class Reserve(Message):
+class ReserveSlots(Message):
     """scheduler -> allocator: slots for the next ``counts[i]`` tokens of each lane, in this order.
 
     ``opened`` names lanes seen for the first time, with their tokens; the allocator looks those up
@@ -28,7 +28,7 @@ class Reserve(Message):
 
 
 @message(11)
-class Granted(Message):
+class SlotsGranted(Message):
     """allocator -> scheduler: slots for the first ``len(counts)`` rows of the reservation.
 
     Row i has ``hits[i]`` cached tokens (0 unless it was opened) and room for ``counts[i]`` new
@@ -48,7 +48,7 @@ class Granted(Message):
 
 
 @message(12)
-class Release(Message):
+class ReleaseSlots(Message):
     """scheduler -> allocator: these lanes are over; no launched step touches them.
 
     ``items``: (lane, generated ids whose KV is valid). Prompt and generated tokens stay in the
@@ -80,7 +80,7 @@ class StepPlan(Message):
     tokens: array[int] = field(default_factory=int32s)  # sum(counts); -1: the lane's last token
     samples: bytearray = field(default_factory=bytearray)  # 1 if the row reaches the last known
     # token, so that a token is sampled
-    opened: list[Opened] = field(default_factory=list)
+    opened: list[OpenedLane] = field(default_factory=list)
     masked: array[int] = field(default_factory=int32s)  # rows with a constrained token
     masks: bytearray = field(
         default_factory=bytearray
@@ -93,7 +93,7 @@ class StepPlan(Message):
     sliding: array[int] = field(default_factory=int32s)  # parallel to slots, for layers with a
     # window; empty: these use ``slots`` like all others
     # lanes, of this step or not, ordered so that those with the same first slots are adjacent, and
-    # the length that each shares with the previous one (core/siblings.py)
+    # the length that each shares with the previous one (core/shared_prefixes.py)
     siblings: array[int] = field(default_factory=int32s)
     commons: array[int] = field(default_factory=int32s)
 
@@ -140,7 +140,7 @@ class LaunchDue(Message):
 
 
 @message(16)
-class Progress(Message):
+class GroupProgress(Message):
     """scheduler -> balancer, if there is one: requests that have begun or ended."""
 
     endpoint: int  # of the leader
@@ -149,7 +149,7 @@ class Progress(Message):
 
 
 @message(17)
-class Offer(Message):
+class OfferStep(Message):
     """scheduler -> lockstep, if groups step together: the size of the group's next step."""
 
     endpoint: int
@@ -169,7 +169,7 @@ class JoinStep(Message):
 
 
 @message(19)
-class Agreed(Message):
+class StepAgreed(Message):
     """lockstep -> every scheduler: every group has offered this step; launch it."""
 
     step: int

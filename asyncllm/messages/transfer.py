@@ -1,9 +1,9 @@
 """Messages between two ranks that transfer K/V: a prefill rank (sender), a decode rank (taker).
 
-Two ranks stay connected for as long as they transfer. The sender connects and sends ``Caller``; it
-announces its data in portions (``Ready``), and sends each when the taker has room and asks for it
-(``Pull``). With p2p nothing is asked for: a portion is fetched after the sender has copied it into
-one of its pages (``Filled``), and the page's stamp, read after it, tells whether the page held it
+Two ranks stay connected for as long as they transfer. The sender connects and sends ``SenderHello``; it
+announces its data in portions (``PageAnnounced``), and sends each when the taker has room and asks for it
+(``PullPage``). With p2p nothing is asked for: a portion is fetched after the sender has copied it into
+one of its pages (``PageFilled``), and the page's stamp, read after it, tells whether the page held it
 throughout. So neither side can make the other buffer an unbounded amount.
 Portions are numbered by the sender; numbers are never reused in a connection.
 """
@@ -12,19 +12,19 @@ from __future__ import annotations
 
 from asyncllm.codec import Message, message
 from asyncllm.messages.checks import are_counts, is_rid
-from asyncllm.records import KvWire
+from asyncllm.records import KvWireFormat
 
 MOST_WAYS = 8
 MOST_TEXT = 4096  # characters of a host's name, a reason, a key
 
 
 @message(100)
-class Caller(Message):
+class SenderHello(Message):
     """sender -> taker, first: identifies both sides."""
 
     node: str  # the id of the intended server
     name: str  # the caller's name in logs
-    wire: KvWire
+    wire: KvWireFormat
     rank: int  # the caller's, in its group
     ways: tuple[str, ...]  # transports, the preferred first
     machine: str  # identifies the machine: equal for all its processes only
@@ -41,7 +41,7 @@ class Caller(Message):
 
 
 @message(101)
-class Admitted(Message):
+class SenderAdmitted(Message):
     """taker -> sender: the connection is accepted, with these settings."""
 
     way: str
@@ -52,8 +52,8 @@ class Admitted(Message):
 
 
 @message(102)
-class Sending(Message):
-    """sender -> taker: K/V of this epoch, or ``Over``, will follow on this connection."""
+class EpochOpened(Message):
+    """sender -> taker: K/V of this epoch, or ``EpochClosed``, will follow on this connection."""
 
     epoch: int
 
@@ -62,7 +62,7 @@ class Sending(Message):
 
 
 @message(103)
-class Ready(Message):
+class PageAnnounced(Message):
     """sender -> taker: these positions can be pulled."""
 
     number: int
@@ -75,7 +75,7 @@ class Ready(Message):
 
 
 @message(104)
-class Pull(Message):
+class PullPage(Message):
     """taker -> sender, except with p2p: there is room for this portion."""
 
     number: int
@@ -85,7 +85,7 @@ class Pull(Message):
 
 
 @message(105)
-class Filled(Message):
+class PageFilled(Message):
     """sender -> taker: the portion is in this page of the sender's; it follows or is fetched."""
 
     number: int
@@ -98,7 +98,7 @@ class Filled(Message):
 
 
 @message(106)
-class Piece(Message):
+class PageBytes(Message):
     """sender -> taker, transport tcp: bytes of a portion, in the next frame."""
 
     number: int
@@ -109,7 +109,7 @@ class Piece(Message):
 
 
 @message(107)
-class Taken(Message):
+class PageReceived(Message):
     """taker -> sender: this portion was received or is not needed; its page is free."""
 
     number: int
@@ -119,7 +119,7 @@ class Taken(Message):
 
 
 @message(109)
-class Over(Message):
+class EpochClosed(Message):
     """Both directions: nothing more of this epoch follows."""
 
     epoch: int
@@ -130,12 +130,12 @@ class Over(Message):
 
 
 @message(110)
-class Alive(Message):
+class TransferHeartbeat(Message):
     """Both directions, periodically: heartbeat."""
 
 
 @message(111)
-class Refused(Message):
+class TransferRefused(Message):
     """Both directions, last: the connection is refused and closed."""
 
     why: str
@@ -145,7 +145,7 @@ class Refused(Message):
 
 
 @message(112)
-class Known(Message):
+class StoreValue(Message):
     """Both directions, transport nccl: a key of the communicator's store."""
 
     key: str
@@ -156,12 +156,12 @@ class Known(Message):
 
 
 @message(113)
-class Listening(Message):
+class KvListening(Message):
     """kv_transfer -> agent@coordinator: where this rank of a decode node receives K/V."""
 
     endpoint: int
     address: str
-    wire: KvWire
+    wire: KvWireFormat
 
     def valid(self) -> bool:
         return are_counts(self.endpoint) and self.wire.valid

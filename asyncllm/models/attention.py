@@ -116,7 +116,7 @@ class AttentionPlan(Protocol):
 
 
 @dataclass(slots=True)
-class GrownQueries:
+class ScaledQueries:
     """A plan that first multiplies the queries by a factor per token."""
 
     plan: AttentionPlan

@@ -18,7 +18,7 @@ from asyncllm.errors import StartupError
 from asyncllm.models import deepspeed
 from asyncllm.models.gguf_tensors import PACKED, GgufTensor
 from asyncllm.models.spec import ModelSpec
-from asyncllm.models.tensors import OpenFiles, Stored
+from asyncllm.models.tensors import OpenFiles, StoredTensor
 from asyncllm.models.unpickle import Pickles
 
 INDEX = "model.safetensors.index.json"
@@ -33,7 +33,7 @@ _COMPARED_ROWS = 8192
 
 
 @dataclass(frozen=True, slots=True)
-class _Style:
+class _FileLayout:
     """File names of a checkpoint format."""
 
     index: str
@@ -44,8 +44,8 @@ class _Style:
 
 _ASIDE = r"\.|adapter|consolidated"
 _STYLES = (
-    _Style(INDEX, SINGLE, ".safetensors", re.compile(f"({_ASIDE}).*", re.IGNORECASE)),
-    _Style(
+    _FileLayout(INDEX, SINGLE, ".safetensors", re.compile(f"({_ASIDE}).*", re.IGNORECASE)),
+    _FileLayout(
         "pytorch_model.bin.index.json",
         "pytorch_model.bin",
         ".bin",
@@ -67,7 +67,7 @@ class Checkpoint:
 
     folder: Path
     groups: tuple[tuple[Path, ...], ...]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
     placed: Mapping[str, Path]
     pickles: Pickles
 
@@ -106,7 +106,9 @@ def weight_files(folder: Path, load_way: str = "HF") -> dict[Path, frozenset[str
     raise StartupError(_nothing(folder, aside))
 
 
-def _files_of(folder: Path, style: _Style, aside: list[str]) -> dict[Path, frozenset[str] | None]:
+def _files_of(
+    folder: Path, style: _FileLayout, aside: list[str]
+) -> dict[Path, frozenset[str] | None]:
     """The files of one style, possibly none; ``aside`` collects the names of ignored files."""
     single = folder / style.single
     if (folder / style.index).is_file():
@@ -155,13 +157,13 @@ def _names(path: Path, pickles: Pickles) -> frozenset[str]:
 
 
 def _huggingface(folder: Path, pickles: Pickles) -> Checkpoint:
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     placed: dict[str, Path] = {}
     files = weight_files(folder)
     for path, named in files.items():
         held = _names(path, pickles)
         for name in held if named is None else held & named:
-            tensors[name] = Stored((path,), name)
+            tensors[name] = StoredTensor((path,), name)
         for name in sorted(held if named is None else named):
             if name in placed:
                 raise StartupError(
@@ -177,7 +179,7 @@ def _deepspeed(folder: Path, spec: ModelSpec, pickles: Pickles) -> Checkpoint:
         served = ", ".join(deepspeed.ARCHITECTURES)
         raise StartupError(f"--load_way DS reads {served}, and this is {spec.architecture}")
     groups = deepspeed.layer_files(folder)
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for layer, files in groups.items():
         keys = _names(files[0], pickles)
         for path in files[1:]:
@@ -185,7 +187,7 @@ def _deepspeed(folder: Path, spec: ModelSpec, pickles: Pickles) -> Checkpoint:
                 raise StartupError(f"{path} holds {more[0][:200]}, and {files[0].name} does not")
         found = deepspeed.place(layer, len(spec.layers), keys)
         for name, (key, dim) in found.items():
-            tensors[name] = Stored(files[:1] if dim is None else files, key, dim or 0)
+            tensors[name] = StoredTensor(files[:1] if dim is None else files, key, dim or 0)
     placed = {name: stored.files[0] for name, stored in tensors.items()}
     return Checkpoint(folder, tuple(groups.values()), tensors, placed, pickles)
 
@@ -286,7 +288,7 @@ def _nothing(folder: Path, aside: list[str]) -> str:
     )
 
 
-def _equal(opened: OpenFiles, embed: Stored, head: Stored) -> bool:
+def _equal(opened: OpenFiles, embed: StoredTensor, head: StoredTensor) -> bool:
     a, b = opened.tensor(embed), opened.tensor(head)
     if a.shape != b.shape or a.kind != b.kind or len(a.shape) != 2:
         return False

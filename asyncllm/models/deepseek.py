@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from asyncllm.errors import StartupError
-from asyncllm.models.numbers import count, number, truth
+from asyncllm.models.config_numbers import count, number, truth
 from asyncllm.models.rope import read_rope, yarn_mscale
 from asyncllm.models.spec import AttentionSpec, ConfigDict, ExpertsSpec, ModelSpec
 

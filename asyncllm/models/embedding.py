@@ -9,7 +9,7 @@ from torch import Tensor
 
 from asyncllm.models.gguf_packed import PackedMatrix, PackedTarget
 from asyncllm.models.linear import share
-from asyncllm.models.model import Site
+from asyncllm.models.model import ModelContext
 from asyncllm.models.spec import ModelSpec
 from asyncllm.models.weights import AnyTarget, Target
 
@@ -21,7 +21,7 @@ class Embedding:
     embedding if the two are tied. For a GGUF file either may stay in its own format.
     """
 
-    def __init__(self, site: Site, spec: ModelSpec) -> None:
+    def __init__(self, site: ModelContext, spec: ModelSpec) -> None:
         self._site, self._spec = site, spec
         local = -(-spec.vocab_size // site.comm.size)
         types = site.quantisation.gguf if site.quantisation.asked.type is None else {}

@@ -12,17 +12,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from asyncllm.models.layers import Linears, gated
+from asyncllm.models.layers import LinearGroup, gated
 from asyncllm.models.linear import LinearPart, by_inputs, by_outputs, plain
-from asyncllm.models.model import Site
-from asyncllm.models.ops import Activations, Held
+from asyncllm.models.model import ModelContext
+from asyncllm.models.ops import Activations, LocalExperts
 from asyncllm.models.quantization import (
     BLOCK,
     QuantKind,
     QuantStack,
     QuantWeight,
     RowForm,
-    Served,
+    ServedLinear,
 )
 from asyncllm.models.spec import ExpertsSpec
 from asyncllm.models.weights import AnyTarget, QuantTarget, SliceSpan, Target, whole
@@ -49,7 +49,7 @@ class Experts:
         nbytes: bytes of the tensors on this rank.
     """
 
-    def __init__(self, site: Site, hidden: int, spec: ExpertsSpec) -> None:
+    def __init__(self, site: ModelContext, hidden: int, spec: ExpertsSpec) -> None:
         self._site, self._spec = site, spec
         rank, size = site.world.rank, site.world.size
         if site.whole_experts:
@@ -69,7 +69,9 @@ class Experts:
         for stack in (gate_up, down):
             if isinstance(stack, Tensor) and inner > spec.inner:  # what blocks leave over
                 stack.zero_()
-        self._held = Held(range(first, last), spec.num_experts, gate_up, down, spec.activation)
+        self._held = LocalExperts(
+            range(first, last), spec.num_experts, gate_up, down, spec.activation
+        )
         self._router = site.empty(spec.num_experts, hidden)
         self._bias: Tensor | None = None
         if spec.bias:
@@ -156,10 +158,10 @@ class Experts:
             self._shared.pack()
 
 
-class _Shared(Linears):
+class _Shared(LinearGroup):
     """The MLP of every token, in equal slices over the ranks of ``site.world``; not summed."""
 
-    def __init__(self, site: Site, hidden: int, spec: ExpertsSpec) -> None:
+    def __init__(self, site: ModelContext, hidden: int, spec: ExpertsSpec) -> None:
         inner = spec.shared_inner
         local = -(-inner // site.world.size)
         first, _, size = kept = _slice(inner, local, site.world.rank)
@@ -179,17 +181,19 @@ class _Shared(Linears):
         return self._down(gated(self._ops, self._gate_up(x), self._activation, self._down))
 
 
-def _way(site: Site, spec: ExpertsSpec, *names: str) -> Served:
+def _way(site: ModelContext, spec: ExpertsSpec, *names: str) -> ServedLinear:
     """How these layers of all experts are served: in 8 bits if all are in the same way."""
     below = [f"{site.path}experts.{expert}." for expert in range(spec.num_experts)]
     ways = {site.quantisation.way(f"{path}{name}") for path in below for name in names}
     way = ways.pop()
-    kept = way if not ways and _kind(way) is not None else Served()
+    kept = way if not ways and _kind(way) is not None else ServedLinear()
     site.quantisation.tally.add(kept.kind, [f"{site.path}experts.{name}" for name in names])
     return kept
 
 
-def _empty_stack(site: Site, shape: tuple[int, int, int], way: Served) -> Tensor | QuantStack:
+def _empty_stack(
+    site: ModelContext, shape: tuple[int, int, int], way: ServedLinear
+) -> Tensor | QuantStack:
     """Of what is not filled, each element is zero."""
     num, rows, columns = shape
     if (kind := _kind(way)) is None:
@@ -203,7 +207,7 @@ def _empty_stack(site: Site, shape: tuple[int, int, int], way: Served) -> Tensor
     return QuantStack(kind, data, scales.zero_(), columns)
 
 
-def _kind(way: Served) -> QuantKind | None:
+def _kind(way: ServedLinear) -> QuantKind | None:
     """The kind of experts' weights; None: the activations' dtype, also for 4-bit weights."""
     return next((kind for kind in ELEMENTS if kind == way.kind), None)
 

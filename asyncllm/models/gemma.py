@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from asyncllm.models.numbers import count
+from asyncllm.models.config_numbers import count
 from asyncllm.models.spec import VISION, ConfigDict, ModelSpec, text_part
 
 _DEFAULTS: ConfigDict = {

@@ -131,7 +131,7 @@ def _read(path: Path, size: int, changed: int) -> GgufFile:
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
-        return _Reader(path, data).read()
+        return _HeaderReader(path, data).read()
     except StartupError:
         data.close()
         raise
@@ -142,7 +142,7 @@ def forget() -> None:
     _read.cache_clear()
 
 
-class _Reader:
+class _HeaderReader:
     """Reads a header sequentially."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:

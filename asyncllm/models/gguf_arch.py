@@ -124,7 +124,7 @@ def read_config(file: GgufFile) -> ConfigDict:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise StartupError(f"{file.path} has no matrix token_embd.weight")
-    need = _Needed(file, name, said)
+    need = _RequiredMeta(file, name, said)
     heads, hidden = need.count("attention.head_count"), need.count("embedding_length")
     head_dim = said.get("attention.key_length", hidden // heads)
     if said.get("attention.value_length", head_dim) != head_dim:
@@ -162,7 +162,7 @@ def _short(value: object) -> object:
 
 
 @dataclass(frozen=True, slots=True)
-class _Needed:
+class _RequiredMeta:
     file: GgufFile
     name: str
     said: ConfigDict

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from asyncllm.models.gguf_tensors import GgufTensor
-from asyncllm.models.gguf_types import Groups
-from asyncllm.models.model import Site
-from asyncllm.models.tensors import Source
-from asyncllm.models.weights import NotAsSaid, SliceSpan
+from asyncllm.models.gguf_types import GroupedValues
+from asyncllm.models.model import ModelContext
+from asyncllm.models.tensors import TensorSource
+from asyncllm.models.weights import SliceSpan, TensorMismatch
 
 ROWS = 64  # the number of rows is padded to a multiple of this
 GROUP = 32  # columns of nibbles that share a scale
@@ -22,7 +22,7 @@ _CHUNK = 1 << 21  # weights filled at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Planes:
+class NibblePlanes:
     """How numbers of a type become nibbles v, with w = (v - 8) * scale + shift.
 
     Attributes:
@@ -35,7 +35,7 @@ class Planes:
     factor: int = 1
     shifted: bool = True
 
-    def nibbles(self, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
+    def nibbles(self, groups: GroupedValues) -> tuple[Tensor, Tensor, Tensor]:
         """(v uint8 [rows, n], scales and shifts float32 [rows, n / 32])."""
         values, scales, shifts = groups.values, groups.scales, groups.shifts
         shifts = torch.zeros_like(scales) if shifts is None else shifts
@@ -53,15 +53,15 @@ class Planes:
         return made.flatten(1).to(torch.uint8), scales, shifts.flatten(1)
 
 
-_FIVE_TO_EIGHT = Planes(32, 16)
+_FIVE_TO_EIGHT = NibblePlanes(32, 16)
 PLANES = {
-    "Q4_0": Planes(shifted=False),
-    "Q4_1": Planes(),
-    "Q4_K": Planes(),
+    "Q4_0": NibblePlanes(shifted=False),
+    "Q4_1": NibblePlanes(),
+    "Q4_K": NibblePlanes(),
     "Q5_0": _FIVE_TO_EIGHT,
     "Q5_1": _FIVE_TO_EIGHT,
     "Q5_K": _FIVE_TO_EIGHT,
-    "Q6_K": Planes(16, 8, shifted=False),
+    "Q6_K": NibblePlanes(16, 8, shifted=False),
     "Q8_0": _FIVE_TO_EIGHT,
 }
 
@@ -77,7 +77,7 @@ class PackedMatrix:
     """
 
     def __init__(
-        self, site: Site, shape: tuple[int, int], type_: str, *, spare: bool = False
+        self, site: ModelContext, shape: tuple[int, int], type_: str, *, spare: bool = False
     ) -> None:
         self.rows, self.columns = shape
         self.planes, self.spare = PLANES[type_], spare
@@ -110,10 +110,10 @@ class PackedTarget:
             return self.size, self.matrix.columns
         return self.matrix.rows, self.size
 
-    def fill(self, source: Source) -> None:
+    def fill(self, source: TensorSource) -> None:
         """Raises NotAsSaid: it is not of a GGUF file."""
         if not isinstance(source, GgufTensor):
-            raise NotAsSaid("is not in the bits of a GGUF file")
+            raise TensorMismatch("is not in the bits of a GGUF file")
         matrix = self.matrix
         step = max(1, _CHUNK // source.shape[1])
         for start, into, length in self.spans:

@@ -11,14 +11,14 @@ from torch import Tensor
 from asyncllm.errors import StartupError
 from asyncllm.models.gguf import GgufFile, TensorPlace, read_gguf
 from asyncllm.models.gguf_arch import arch_of, hf_name, is_weight
-from asyncllm.models.gguf_types import Groups, floats, groups, is_float
+from asyncllm.models.gguf_types import GroupedValues, floats, groups, is_float
 
 # types that CPUs take as they are: all in groups
 PACKED = frozenset({"Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0"})
 _CHUNK = 1 << 22  # elements decoded at a time
 
 
-class GgufTensors:
+class GgufWeights:
     """A file, read by transformers' names; tensors without one keep their own.
 
     Raises:
@@ -58,7 +58,7 @@ class GgufTensors:
 
 
 class GgufTensor:
-    """Implements :class:`asyncllm.models.tensors.Source`, with dequantised values.
+    """Implements :class:`asyncllm.models.tensors.TensorSource`, with dequantised values.
 
     Args:
         heads: in each of which rows alternate between two halves that transformers keeps apart;
@@ -91,7 +91,7 @@ class GgufTensor:
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def groups(self, rows: slice) -> Groups:
+    def groups(self, rows: slice) -> GroupedValues:
         """Some rows of a matrix in its low-bit format."""
         return groups(self.type, self._raw(rows))
 

@@ -15,7 +15,7 @@ SUPER = 256  # elements of a block of the K types
 
 
 @dataclass(frozen=True, slots=True)
-class Groups:
+class GroupedValues:
     """Rows of a matrix: w = values * scale + shift, in groups along a row.
 
     Attributes:
@@ -30,11 +30,11 @@ class Groups:
     shifts: Tensor | None
     size: int
 
-    def columns(self, part: slice) -> Groups:
+    def columns(self, part: slice) -> GroupedValues:
         """Some columns; ``part`` begins and ends between groups."""
         of = slice(part.start // self.size, part.stop // self.size)
         shifts = None if self.shifts is None else self.shifts[:, of]
-        return Groups(self.values[:, part], self.scales[:, of], shifts, self.size)
+        return GroupedValues(self.values[:, part], self.scales[:, of], shifts, self.size)
 
     def widened(self) -> Tensor:
         """float32 [rows, columns]."""
@@ -57,7 +57,7 @@ def floats(kind: str, raw: Tensor) -> Tensor:
     return values
 
 
-def groups(kind: str, raw: Tensor) -> Groups:
+def groups(kind: str, raw: Tensor) -> GroupedValues:
     """Decode contiguous uint8 [rows, bytes] of any other type.
 
     Products of scales are rounded to float32, as in the ``gguf`` package.
@@ -81,14 +81,14 @@ def _joined(values: Tensor) -> Tensor:
     return values.flatten(1).view(torch.int8)
 
 
-def _q4_0(raw: Tensor) -> Groups:
+def _q4_0(raw: Tensor) -> GroupedValues:
     values = _nibbles(raw[..., 2:]).view(torch.int8).sub_(8)
-    return Groups(values.flatten(1), _half(raw[..., :2]).flatten(1), None, 32)
+    return GroupedValues(values.flatten(1), _half(raw[..., :2]).flatten(1), None, 32)
 
 
-def _q4_1(raw: Tensor) -> Groups:
+def _q4_1(raw: Tensor) -> GroupedValues:
     scale, shift = _half(raw[..., :4]).unbind(-1)
-    return Groups(_joined(_nibbles(raw[..., 4:])), scale, shift, 32)
+    return GroupedValues(_joined(_nibbles(raw[..., 4:])), scale, shift, 32)
 
 
 def _fives(high: Tensor, low: Tensor) -> Tensor:
@@ -98,19 +98,19 @@ def _fives(high: Tensor, low: Tensor) -> Tensor:
     return _nibbles(low) | tops << 4
 
 
-def _q5_0(raw: Tensor) -> Groups:
+def _q5_0(raw: Tensor) -> GroupedValues:
     values = _fives(raw[..., 2:6], raw[..., 6:]).view(torch.int8).sub_(16)
-    return Groups(values.flatten(1), _half(raw[..., :2]).flatten(1), None, 32)
+    return GroupedValues(values.flatten(1), _half(raw[..., :2]).flatten(1), None, 32)
 
 
-def _q5_1(raw: Tensor) -> Groups:
+def _q5_1(raw: Tensor) -> GroupedValues:
     scale, shift = _half(raw[..., :4]).unbind(-1)
-    return Groups(_joined(_fives(raw[..., 4:8], raw[..., 8:])), scale, shift, 32)
+    return GroupedValues(_joined(_fives(raw[..., 4:8], raw[..., 8:])), scale, shift, 32)
 
 
-def _q8_0(raw: Tensor) -> Groups:
+def _q8_0(raw: Tensor) -> GroupedValues:
     values = raw[..., 2:].contiguous().view(torch.int8).flatten(1)
-    return Groups(values, _half(raw[..., :2]).flatten(1), None, 32)
+    return GroupedValues(values, _half(raw[..., :2]).flatten(1), None, 32)
 
 
 def _six_bits(raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,29 +128,29 @@ def _scaled(raw: Tensor) -> tuple[Tensor, Tensor]:
     return (whole * scales).flatten(1), (least * shifts).neg_().flatten(1)
 
 
-def _q4_k(raw: Tensor) -> Groups:
+def _q4_k(raw: Tensor) -> GroupedValues:
     values = _nibbles(raw[..., 16:].unflatten(-1, (4, 32)))
-    return Groups(_joined(values), *_scaled(raw), 32)
+    return GroupedValues(_joined(values), *_scaled(raw), 32)
 
 
-def _q5_k(raw: Tensor) -> Groups:
+def _q5_k(raw: Tensor) -> GroupedValues:
     bits = torch.arange(8, dtype=torch.uint8).unsqueeze(-1)
     tops = raw[..., 16:48].unsqueeze(-2) >> bits & 1  # [.., 8, 32]: a bit for each group
     low = _nibbles(raw[..., 48:].unflatten(-1, (4, 32))).unflatten(-1, (2, 32)).flatten(-3, -2)
-    return Groups(_joined(low | tops << 4), *_scaled(raw), 32)
+    return GroupedValues(_joined(low | tops << 4), *_scaled(raw), 32)
 
 
-def _q6_k(raw: Tensor) -> Groups:
+def _q6_k(raw: Tensor) -> GroupedValues:
     low = raw[..., :128].unflatten(-1, (2, 1, 64)) >> torch.tensor([[0], [4]], dtype=torch.uint8)
     shifts = torch.tensor([[0], [2], [4], [6]], dtype=torch.uint8)
     high = raw[..., 128:192].unflatten(-1, (2, 1, 32)) >> shifts & 3
     values = (low & 15).unflatten(-1, (2, 32)).flatten(-3, -2) | high << 4
     scales = _half(raw[..., 208:]) * raw[..., 192:208].contiguous().view(torch.int8).float()
-    return Groups(_joined(values).sub_(32), scales.flatten(1), None, 16)
+    return GroupedValues(_joined(values).sub_(32), scales.flatten(1), None, 16)
 
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DECODERS: dict[str, tuple[int, Callable[[Tensor], Groups]]] = {
+_DECODERS: dict[str, tuple[int, Callable[[Tensor], GroupedValues]]] = {
     "Q4_0": (18, _q4_0),
     "Q4_1": (20, _q4_1),
     "Q5_0": (22, _q5_0),

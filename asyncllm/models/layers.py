@@ -10,14 +10,14 @@ from torch import Tensor
 
 from asyncllm.models.attention import AttentionPlan, LayerKv
 from asyncllm.models.linear import LinearPart, by_inputs, by_outputs, fused, share
-from asyncllm.models.model import Site
+from asyncllm.models.model import ModelContext
 from asyncllm.models.ops import Activations, Linear, Ops
 from asyncllm.models.quantization import RowForm
 from asyncllm.models.spec import Activation, AttentionSpec, MlpSpec, ModelSpec, shard_heads
 from asyncllm.models.weights import AnyTarget, SliceSpan, whole
 
 
-class Linears:
+class LinearGroup:
     """Linear layers that form one part of a block."""
 
     def __init__(self, *linears: Linear) -> None:
@@ -43,7 +43,7 @@ class Linears:
 class Norm:
     """The weight of a root-mean-square norm of ``size`` elements, the same on every rank."""
 
-    def __init__(self, site: Site, spec: ModelSpec, size: int) -> None:
+    def __init__(self, site: ModelContext, spec: ModelSpec, size: int) -> None:
         self._offset = spec.norm_offset
         # weights near 0 that are added to 1 would lose their last bits in a shorter dtype
         self.weight = site.empty(size, dtype=torch.float32 if spec.norm_offset else None)
@@ -133,12 +133,12 @@ class AttentionPart(BlockPart, Protocol):
         """[T, hidden] -> [T, hidden], summed over ranks; valid as ``Comm.linear_reduce`` says."""
 
 
-class Attention(Linears):
+class Attention(LinearGroup):
     """Heads in whole GQA groups; a group that is padding has zero weights and adds nothing."""
 
     width = 0
 
-    def __init__(self, site: Site, spec: ModelSpec, layer: AttentionSpec) -> None:
+    def __init__(self, site: ModelContext, spec: ModelSpec, layer: AttentionSpec) -> None:
         heads, dim = shard_heads(layer, site.comm.size, site.comm.rank), layer.head_dim
         self.spec = layer.on(heads)
         q_size, kv_size = layer.num_q_heads * dim, layer.num_kv_heads * dim
@@ -188,14 +188,14 @@ class Attention(Linears):
             norm.pack()
 
 
-class GatedMLP(Linears):
+class GatedMLP(LinearGroup):
     """down(activation(gate(x)) * up(x)), in equal slices.
 
     Attributes:
         width: maximum workspace per token, in elements.
     """
 
-    def __init__(self, site: Site, spec: ModelSpec, mlp: MlpSpec) -> None:
+    def __init__(self, site: ModelContext, spec: ModelSpec, mlp: MlpSpec) -> None:
         hidden, local = spec.hidden_size, -(-mlp.width // site.comm.size)
         first, _, size = kept = share(mlp.width, site)
         inner = [

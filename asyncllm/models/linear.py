@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from asyncllm.models.gguf_packed import GROUP, PackedMatrix, PackedTarget
-from asyncllm.models.model import Site
+from asyncllm.models.model import ModelContext
 from asyncllm.models.ops import Activations, Linear
-from asyncllm.models.quantization import BLOCK, QuantWeight, RowForm, Served
+from asyncllm.models.quantization import BLOCK, QuantWeight, RowForm, ServedLinear
 from asyncllm.models.weights import AnyTarget, QuantTarget, SliceSpan, Target, whole
 
 
@@ -53,7 +53,7 @@ class LinearShard:
 class _Biased:
     """Base of linear layers: their parts and the bias."""
 
-    def __init__(self, site: Site, shard: LinearShard) -> None:
+    def __init__(self, site: ModelContext, shard: LinearShard) -> None:
         self._site, self._parts, self._dim = site, shard.parts, shard.dim
         self.bias = site.empty(shard.shape[0]) if shard.bias else None
 
@@ -85,7 +85,7 @@ def plain(x: Activations) -> Tensor:
 class DenseLinear(_Biased):
     """A weight in the model's dtype."""
 
-    def __init__(self, site: Site, shard: LinearShard) -> None:
+    def __init__(self, site: ModelContext, shard: LinearShard) -> None:
         super().__init__(site, shard)
         self.weight = site.empty(*shard.shape)
 
@@ -116,7 +116,7 @@ class QuantLinear(_Biased):
     activations are reordered to match.
     """
 
-    def __init__(self, site: Site, shard: LinearShard, way: Served) -> None:
+    def __init__(self, site: ModelContext, shard: LinearShard, way: ServedLinear) -> None:
         super().__init__(site, shard)
         self._way, form = way, way.form
         self.weight = _empty_weight(site, shard.shape, way)
@@ -160,7 +160,7 @@ class QuantLinear(_Biased):
         self.weight = self._site.ops.pack_quant(self.weight, self._site.dtype)
 
 
-def _empty_weight(site: Site, shape: tuple[int, int], way: Served) -> QuantWeight:
+def _empty_weight(site: ModelContext, shape: tuple[int, int], way: ServedLinear) -> QuantWeight:
     """Zeros, or uninitialised if all of it will be filled."""
     kind, (rows, columns), form = way.kind, shape, way.form
     assert kind is not None
@@ -184,7 +184,7 @@ def _empty_weight(site: Site, shape: tuple[int, int], way: Served) -> QuantWeigh
 class PackedLinear(_Biased):
     """A weight of a GGUF file in its own format."""
 
-    def __init__(self, site: Site, shard: LinearShard, way: Served) -> None:
+    def __init__(self, site: ModelContext, shard: LinearShard, way: ServedLinear) -> None:
         super().__init__(site, shard)
         self.weight = PackedMatrix(site, shard.shape, way.type)
 
@@ -247,7 +247,7 @@ class SideBySide:
 
 
 def by_outputs(
-    site: Site, shape: tuple[int, int], parts: Sequence[LinearPart], bias: bool
+    site: ModelContext, shape: tuple[int, int], parts: Sequence[LinearPart], bias: bool
 ) -> Linear:
     """A linear layer whose outputs are split over the ranks (column-parallel).
 
@@ -262,7 +262,7 @@ def by_outputs(
     alone = [_moved(part, begin) for part, begin in zip(parts, begins, strict=False)]
     made = []
     for part, way in zip(alone, ways, strict=True):
-        kept = way if _lines_up(way, [part], 0) else Served()
+        kept = way if _lines_up(way, [part], 0) else ServedLinear()
         shard = LinearShard((part.local, shape[1]), [part], 0, bias)
         made.append(_make(site, shard, kept, widened=kept != way))
     return made[0] if len(made) == 1 else SideBySide(made, shape[0], site.dtype.itemsize)
@@ -274,15 +274,17 @@ def common_form(linears: Sequence[Linear], num_rows: int) -> RowForm | None:
     return forms.pop() if len(forms) == 1 else None
 
 
-def by_inputs(site: Site, shape: tuple[int, int], part: LinearPart, bias: bool) -> Linear:
+def by_inputs(site: ModelContext, shape: tuple[int, int], part: LinearPart, bias: bool) -> Linear:
     """A linear layer whose inputs are split over the ranks (row-parallel); results must be
     summed."""
     way = site.quantisation.way(site.path + part.name)
-    kept = way if _lines_up(way, [part], 1) else Served()
+    kept = way if _lines_up(way, [part], 1) else ServedLinear()
     return _make(site, LinearShard(shape, [part], 1, bias), kept, widened=kept != way)
 
 
-def _make(site: Site, shard: LinearShard, way: Served, *, widened: bool = False) -> Linear:
+def _make(
+    site: ModelContext, shard: LinearShard, way: ServedLinear, *, widened: bool = False
+) -> Linear:
     names = [site.path + part.name for part in shard.parts]
     site.quantisation.tally.add(way.kind, names, widened=widened)
     if way.kind is None:
@@ -292,7 +294,7 @@ def _make(site: Site, shard: LinearShard, way: Served, *, widened: bool = False)
     return QuantLinear(site, shard, way)
 
 
-def _ordered(way: Served) -> bool:
+def _ordered(way: ServedLinear) -> bool:
     return way.form is not None and way.form.ordered
 
 
@@ -302,7 +304,7 @@ def _moved(part: LinearPart, begin: int) -> LinearPart:
     return replace(part, spans=spans)
 
 
-def _lines_up(way: Served, parts: Sequence[LinearPart], dim: int) -> bool:
+def _lines_up(way: ServedLinear, parts: Sequence[LinearPart], dim: int) -> bool:
     """Whether no block of scales on this rank spans several blocks or layers of the checkpoint.
 
     The result is the same on every rank: a rank's part begins at a multiple of its size.
@@ -327,7 +329,7 @@ def _lines_up(way: Served, parts: Sequence[LinearPart], dim: int) -> bool:
     return all(n % step == 0 for part in parts for span in part.spans for n in span[:2])
 
 
-def share(total: int, site: Site) -> SliceSpan:
+def share(total: int, site: ModelContext) -> SliceSpan:
     """This rank's equal slice of ``total``, as a span at the start of a parameter."""
     local = -(-total // site.comm.size)
     first = site.comm.rank * local

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from asyncllm.models.attention import AttentionPlan, Batch, GrownQueries, LayerKv
+from asyncllm.models.attention import AttentionPlan, Batch, LayerKv, ScaledQueries
 from asyncllm.models.embedding import Embedding
 from asyncllm.models.experts import Experts
 from asyncllm.models.layers import Attention, AttentionPart, GatedMLP, MlpPart, Norm, add_normed
 from asyncllm.models.linear import plain
 from asyncllm.models.mla import LatentAttention
-from asyncllm.models.model import Site
+from asyncllm.models.model import ModelContext
 from asyncllm.models.ops import Activations
 from asyncllm.models.quantization import RowForm
 from asyncllm.models.spec import AttentionSpec, ExpertsSpec, ModelSpec
@@ -27,14 +27,14 @@ from asyncllm.models.weights import AnyTarget
 KV_SCALES = (".k_scale", ".v_scale", ".kv_scale")  # suffixes of calibrated K/V scales
 
 
-def attention_part(site: Site, spec: ModelSpec, layer: int) -> AttentionPart:
+def attention_part(site: ModelContext, spec: ModelSpec, layer: int) -> AttentionPart:
     """Create the attention for ``spec.layers[layer]``."""
     if spec.layers[layer].kind == "mla":
         return LatentAttention(site, spec, spec.layers[layer])
     return Attention(site, spec, spec.layers[layer])
 
 
-def mlp_part(site: Site, spec: ModelSpec, layer: int) -> MlpPart:
+def mlp_part(site: ModelContext, spec: ModelSpec, layer: int) -> MlpPart:
     """Create the MLP for ``spec.mlps[layer]``."""
     mlp = spec.mlps[layer]
     if isinstance(mlp, ExpertsSpec):
@@ -43,7 +43,7 @@ def mlp_part(site: Site, spec: ModelSpec, layer: int) -> MlpPart:
 
 
 @dataclass(frozen=True, slots=True)
-class Behind:
+class NextNorm:
     """What reads a block's result: a norm, and behind it something that wants it in ``form``."""
 
     norm: Norm
@@ -57,7 +57,7 @@ class Block:
     ``spec.sandwich_norms`` the outputs of attention and MLP are normed before they are added.
     """
 
-    def __init__(self, site: Site, spec: ModelSpec, layer: int) -> None:
+    def __init__(self, site: ModelContext, spec: ModelSpec, layer: int) -> None:
         self._ops, self._eps, self._mlp_name = site.ops, spec.rms_eps, spec.mlp_name
         self.attention = attention_part(site.below("self_attn."), spec, layer)
         self.mlp = mlp_part(site.below(f"{spec.mlp_name}."), spec, layer)
@@ -75,16 +75,16 @@ class Block:
         residual: Tensor,
         plan: AttentionPlan,
         kv: LayerKv,
-        behind: Behind,
+        behind: NextNorm,
         live: Tensor | None,
     ) -> tuple[Activations, Tensor]:
         """(normed input of the next block, residual stream); ``live``: as for ``MlpPart``."""
-        before_mlp = Behind(self.mlp_norm, self.mlp.row_form(len(x)))
+        before_mlp = NextNorm(self.mlp_norm, self.mlp.row_form(len(x)))
         x, residual = self._added(self.attention(x, plan, kv), residual, 0, before_mlp)
         return self._added(self.mlp(x, live), residual, 1, behind)
 
     def _added(
-        self, x: Tensor, residual: Tensor, part: int, behind: Behind
+        self, x: Tensor, residual: Tensor, part: int, behind: NextNorm
     ) -> tuple[Activations, Tensor]:
         """What ``part`` has made, added and normed for what is ``behind``."""
         if self._sandwich:
@@ -112,7 +112,7 @@ class Block:
 class Decoder:
     """Implements :class:`asyncllm.models.model.Model`."""
 
-    def __init__(self, spec: ModelSpec, site: Site) -> None:
+    def __init__(self, spec: ModelSpec, site: ModelContext) -> None:
         self.spec, self.site = spec, site
         self.vocab_size, self.hidden_size = spec.vocab_size, spec.hidden_size
         self.embedding = Embedding(site, spec)
@@ -157,8 +157,8 @@ class Decoder:
     def forward(self, batch: Batch, kv: Sequence[LayerKv]) -> Tensor:
         num_tokens = len(batch.tokens)
         behind = [
-            *(Behind(b.attn_norm, b.attention.row_form(num_tokens)) for b in self.blocks[1:]),
-            Behind(self.norm, None),
+            *(NextNorm(b.attn_norm, b.attention.row_form(num_tokens)) for b in self.blocks[1:]),
+            NextNorm(self.norm, None),
         ]
         live = batch.live() if self.spec.has_experts else None
         if live is not None:
@@ -177,7 +177,7 @@ class Decoder:
         spans = batch.positions.div(growth.trained, rounding_mode="floor")
         factors = 1 + growth.beta * torch.log1p(spans)
         width = spec.num_q_heads * spec.head_dim
-        return GrownQueries(plan, factors[:, None].to(self.site.dtype), width)
+        return ScaledQueries(plan, factors[:, None].to(self.site.dtype), width)
 
     def logits(self, hidden: Tensor) -> Tensor:
         gathered = self.site.comm.gather_last(self.embedding.logits(hidden))

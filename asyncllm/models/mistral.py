@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from asyncllm.errors import StartupError
-from asyncllm.models.numbers import count, number
+from asyncllm.models.config_numbers import count, number
 from asyncllm.models.spec import VISION, ConfigDict, ModelSpec, QueryGrowth, text_part
 
 _DEFAULTS: ConfigDict = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from asyncllm.models.config_numbers import count
 from asyncllm.models.mistral import with_windows
-from asyncllm.models.numbers import count
 from asyncllm.models.spec import ConfigDict, ExpertNames, ExpertsSpec, MlpSpec, ModelSpec
 
 _DEFAULTS: ConfigDict = {

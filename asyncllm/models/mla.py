@@ -13,9 +13,9 @@ from torch import Tensor
 
 from asyncllm.errors import StartupError
 from asyncllm.models.attention import AttentionPlan, Latent, LayerKv
-from asyncllm.models.layers import Linears, Norm, head_spans, normed
+from asyncllm.models.layers import LinearGroup, Norm, head_spans, normed
 from asyncllm.models.linear import LinearPart, by_inputs, by_outputs, common_form
-from asyncllm.models.model import Site
+from asyncllm.models.model import ModelContext
 from asyncllm.models.ops import Activations, Linear
 from asyncllm.models.quantization import RowForm
 from asyncllm.models.spec import AttentionSpec, ModelSpec, shard_heads
@@ -24,7 +24,7 @@ from asyncllm.models.weights import AnyTarget, Target
 EPS = 1e-6  # of the latents' norms, whatever the epsilon of other norms
 
 
-class LatentAttention(Linears):
+class LatentAttention(LinearGroup):
     """Heads are split over the ranks; each computes all latents. Padding heads have zero
     weights and adds nothing.
 
@@ -32,7 +32,7 @@ class LatentAttention(Linears):
         width: workspace per token, in elements, besides the backend's.
     """
 
-    def __init__(self, site: Site, spec: ModelSpec, layer: AttentionSpec) -> None:
+    def __init__(self, site: ModelContext, spec: ModelSpec, layer: AttentionSpec) -> None:
         if layer.rope is None or spec.qk_norm or spec.fused_projections:
             raise StartupError(f"latents in {spec.architecture}, of another kind: not available")
         shard = shard_heads(layer, site.comm.size, site.comm.rank)

@@ -16,7 +16,7 @@ from asyncllm.models.weights import AnyTarget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
+class ModelContext:
     """Where a model runs: its rank, device and operators.
 
     Attributes:
@@ -38,7 +38,7 @@ class Site:
     quantisation: Quantisation = field(default_factory=Quantisation)
     path: str = ""
 
-    def below(self, path: str) -> Site:
+    def below(self, path: str) -> ModelContext:
         """The site of a sub-part, with ``path`` appended to the prefix."""
         return replace(self, path=f"{self.path}{path}")
 
@@ -53,7 +53,7 @@ class Site:
 class Model(Protocol):
     """A decoder, or one tensor-parallel share of it."""
 
-    site: Site
+    site: ModelContext
     vocab_size: int
     hidden_size: int
 

@@ -24,7 +24,7 @@ Stack = Tensor | list[Tensor] | QuantStack  # the same matrix of all of a rank's
 
 
 @dataclass
-class Held:
+class LocalExperts:
     """The experts of a rank.
 
     Attributes:
@@ -137,7 +137,7 @@ class Ops(Protocol):
     def gated_rows(self, x: Tensor, activation: Activation, form: RowForm) -> QuantRows:
         """:meth:`gated` in 8 bits."""
 
-    def pack_experts(self, held: Held, spec: ExpertsSpec, dtype: torch.dtype) -> None:
+    def pack_experts(self, held: LocalExperts, spec: ExpertsSpec, dtype: torch.dtype) -> None:
         """Bring ``held`` into the form that :meth:`experts` reads fastest, and prepare what
         running them with tokens of ``dtype`` takes; start-up only."""
 
@@ -150,7 +150,7 @@ class Ops(Protocol):
     def experts(
         self,
         x: Tensor,
-        held: Held,
+        held: LocalExperts,
         routed: tuple[Tensor, Tensor],
         shared: tuple[Tensor, Tensor | None] | None,
         out: Tensor | None,
@@ -169,7 +169,7 @@ class Ops(Protocol):
         this rank has of an expert."""
 
     def experts_quant_bytes(
-        self, held: Held, num_tokens: int, top_k: int, dtype: torch.dtype
+        self, held: LocalExperts, num_tokens: int, top_k: int, dtype: torch.dtype
     ) -> int:
         """Of work space of :meth:`experts` for weights in 8 bits, beside that, at most; ``dtype``:
         of the tokens."""

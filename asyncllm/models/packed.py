@@ -12,14 +12,14 @@ from torch import Tensor
 
 from asyncllm.errors import StartupError
 from asyncllm.models.quant_config import StoredForm
-from asyncllm.models.tensors import FLOATS, BlockScaled, Index, Source
+from asyncllm.models.tensors import FLOATS, BlockScaled, Index, TensorSource
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the order of 8 neighbours in the nibbles of a word
 _NIBBLES = 8  # in a word of 32 bits
 _WORD = "I32"
 
 
-class QuantSource(Source, Protocol):
+class QuantSource(TensorSource, Protocol):
     """A quantised matrix; ``read`` dequantises it to float32.
 
     Attributes:
@@ -47,16 +47,18 @@ class QuantSource(Source, Protocol):
         codes."""
 
 
-def _all(source: Source, device: torch.device) -> Tensor:
+def _all(source: TensorSource, device: torch.device) -> Tensor:
     return source.read(tuple(slice(0, size) for size in source.shape), device).to(device)
 
 
-class Scaled:
+class ScaledWeights:
     """8-bit values times the scale of their block."""
 
     order: Tensor | None = None
 
-    def __init__(self, label: str, form: StoredForm, values: Source, scales: Source) -> None:
+    def __init__(
+        self, label: str, form: StoredForm, values: TensorSource, scales: TensorSource
+    ) -> None:
         self.form, self._values, self._scales = form, values, scales
         self.shape, self.kind = values.shape, form.element
         if len(self.shape) < 2:
@@ -78,7 +80,7 @@ class Scaled:
         self._blocks = blocks
 
     def read(self, index: Index, device: torch.device) -> Tensor:
-        scales = _Shaped(self._scales, (*self.shape[:-2], *self._blocks))
+        scales = _Reshaped(self._scales, (*self.shape[:-2], *self._blocks))
         return BlockScaled(self._values, scales, self.block).read(index, device)
 
     def codes(self, rows: slice, columns: slice, device: torch.device) -> Tensor:
@@ -91,10 +93,10 @@ class Scaled:
         return None
 
 
-class _Shaped:
+class _Reshaped:
     """A small tensor in another shape."""
 
-    def __init__(self, source: Source, shape: tuple[int, ...]) -> None:
+    def __init__(self, source: TensorSource, shape: tuple[int, ...]) -> None:
         self._source, self.shape, self.kind = source, shape, source.kind
 
     def read(self, index: Index, device: torch.device) -> Tensor:
@@ -103,7 +105,7 @@ class _Shaped:
         return _all(self._source, device).view(self.shape)[index]
 
 
-class Nibbles:
+class PackedNibbles:
     """4-bit values, eight per word: compressed-tensors', AutoAWQ's and GPTQ's.
 
     Args:
@@ -113,7 +115,7 @@ class Nibbles:
 
     kind = "U4"
 
-    def __init__(self, label: str, form: StoredForm, found: dict[str, Source]) -> None:
+    def __init__(self, label: str, form: StoredForm, found: dict[str, TensorSource]) -> None:
         self.form, self._found, self._label = form, found, label
         packed = form.method == "packed"
         self._words = self._need(form.main, _WORD)
@@ -192,7 +194,7 @@ class Nibbles:
             case _:
                 return _unpack(found).flatten(1).t().float().add_(self.form.shift)
 
-    def _need(self, name: str, kind: str = "") -> Source:
+    def _need(self, name: str, kind: str = "") -> TensorSource:
         if name not in self._found:
             raise StartupError(f"{self._label} has no {name} beside {self.form.main}")
         found = self._found[name]
@@ -201,7 +203,7 @@ class Nibbles:
         return found
 
     def _fits(
-        self, source: Source, shape: tuple[int, int], kinds: frozenset[str] | set[str]
+        self, source: TensorSource, shape: tuple[int, int], kinds: frozenset[str] | set[str]
     ) -> None:
         if source.shape != shape or source.kind not in kinds:
             raise StartupError(

@@ -10,7 +10,7 @@ from asyncllm.errors import StartupError
 from asyncllm.models.quantization import BLOCK, QuantKind
 
 Method = Literal["scaled", "packed", "awq", "gptq"]
-Said = Mapping[str, object]
+ConfigValues = Mapping[str, object]
 
 # methods that may quantise K/V only -> the key that describes weights
 _OF_WEIGHTS = {"compressed-tensors": "config_groups", "modelopt": "quant_algo"}
@@ -96,7 +96,7 @@ class StoredForm:
                 return frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
 
-def stored_form(quantization: Said | None) -> StoredForm | None:
+def stored_form(quantization: ConfigValues | None) -> StoredForm | None:
     """How weights are quantised; None: they are not.
 
     Args:
@@ -127,7 +127,7 @@ def stored_form(quantization: Said | None) -> StoredForm | None:
             )
 
 
-def _known(method: str, config: Said, served: Mapping[str, tuple[object, ...]]) -> None:
+def _known(method: str, config: ConfigValues, served: Mapping[str, tuple[object, ...]]) -> None:
     for key, values in served.items():
         if config.get(key) not in values:
             _refuse(method, key, config.get(key))
@@ -140,7 +140,7 @@ def _refuse(method: str, key: str, value: object, known: str = "") -> NoReturn:
     )
 
 
-def _group(method: str, config: Said) -> int:
+def _group(method: str, config: ConfigValues) -> int:
     """Columns that share a scale; 0: all."""
     size = config.get("group_size")
     if size == -1:
@@ -150,7 +150,7 @@ def _group(method: str, config: Said) -> int:
     return size
 
 
-def _fp8(config: Said) -> StoredForm:
+def _fp8(config: ConfigValues) -> StoredForm:
     """Of DeepSeek: blocks with ``weight_scale_inv``."""
     _known("fp8", config, _FP8)
     match config.get("weight_block_size"):
@@ -165,7 +165,7 @@ def _in_blocks(block: tuple[int, int], suffix: str) -> StoredForm:
     return StoredForm("scaled", kind, block, suffix=suffix)
 
 
-def _gptq(config: Said) -> StoredForm:
+def _gptq(config: ConfigValues) -> StoredForm:
     _known("gptq", config, _GPTQ)
     dynamic = config.get("dynamic") or {}
     if not isinstance(dynamic, Mapping) or any(not str(key).startswith("-:") for key in dynamic):
@@ -181,7 +181,7 @@ def _gptq(config: Said) -> StoredForm:
     )
 
 
-def _compressed(config: Said) -> StoredForm:
+def _compressed(config: ConfigValues) -> StoredForm:
     """compressed-tensors: one form for all quantised layers."""
     method = "compressed-tensors"
     _known(method, config, _COMPRESSED)
@@ -265,7 +265,7 @@ def _inputs(inputs: object, weights: object) -> str:
     )
 
 
-def kv_format(quantization: Said | None) -> str | None:
+def kv_format(quantization: ConfigValues | None) -> str | None:
     """Name of the K/V format that a checkpoint specifies, or None.
 
     Whether its scales are static or dynamic does not matter: ours are per token and head.

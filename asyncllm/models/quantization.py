@@ -171,7 +171,7 @@ AS_STORED = WeightTypes()
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedLinear:
     """How a linear layer is served.
 
     Attributes:
@@ -187,7 +187,7 @@ class Served:
 
 
 @dataclass(slots=True)
-class Tally:
+class LinearCounts:
     """Counts linear layers by the kind of their weights."""
 
     served: dict[ServedKind, int] = field(default_factory=dict)
@@ -236,17 +236,17 @@ class Quantisation:
     stored: StoredForm | None = None
     asked: WeightTypes = AS_STORED
     gguf: Mapping[str, str] = field(default_factory=dict)
-    tally: Tally = field(default_factory=Tally, compare=False)
+    tally: LinearCounts = field(default_factory=LinearCounts, compare=False)
 
-    def way(self, name: str) -> Served:
+    def way(self, name: str) -> ServedLinear:
         """How to serve a linear layer, by its checkpoint name, if shards keep groups whole."""
         form, asked = self.stored, self.asked.of(name)
         if asked is None and (type_ := self.gguf.get(f"{name}.weight")) is not None:
-            return Served("gguf", type=type_)
+            return ServedLinear("gguf", type=type_)
         packed = form is not None and name not in form.plain
         if form is not None and not packed:
-            return Served()  # layers that a quantised checkpoint leaves unquantised stay so
+            return ServedLinear()  # layers that a quantised checkpoint leaves unquantised stay so
         kind = TYPES[asked] if asked is not None else form.kind if form is not None else None
         if kind is None:
-            return Served()
-        return Served(kind, form if form is not None and form.kind == kind else None)
+            return ServedLinear()
+        return ServedLinear(kind, form if form is not None and form.kind == kind else None)

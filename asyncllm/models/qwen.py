@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from asyncllm.models.numbers import count, truth
+from asyncllm.models.config_numbers import count, truth
 from asyncllm.models.spec import ConfigDict, ModelSpec
 
 _DEFAULTS: ConfigDict = {"num_key_value_heads": 32, "max_position_embeddings": 32768}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from asyncllm.models import mistral, qwen
-from asyncllm.models.numbers import count, truth
+from asyncllm.models.config_numbers import count, truth
 from asyncllm.models.spec import ConfigDict, ExpertNames, ExpertsSpec, MlpSpec, ModelSpec
 
 _DEFAULTS: ConfigDict = {

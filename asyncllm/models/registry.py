@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from asyncllm.errors import StartupError
 
 if TYPE_CHECKING:
-    from asyncllm.models.model import Model, Site
+    from asyncllm.models.model import Model, ModelContext
     from asyncllm.models.spec import ConfigDict, ModelSpec
 
 
@@ -46,8 +46,8 @@ class Family:
         reader: Callable[[ModelSpec, ConfigDict], ModelSpec] = getattr(*_place(self.reader))
         return reader(spec, hf)
 
-    def make(self, spec: ModelSpec, site: Site) -> Model:
-        decoder: Callable[[ModelSpec, Site], Model] = getattr(*_place(self.decoder))
+    def make(self, spec: ModelSpec, site: ModelContext) -> Model:
+        decoder: Callable[[ModelSpec, ModelContext], Model] = getattr(*_place(self.decoder))
         return decoder(spec, site)
 
 

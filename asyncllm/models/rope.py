@@ -1,6 +1,6 @@
 """Reads the parameters of rotary position embeddings from a config.json.
 
-Does not know tensors; the angles are computed in ``models/angles.py``.
+Does not know tensors; the angles are computed in ``models/rope_tables.py``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asyncllm.errors import StartupError
-from asyncllm.models.numbers import count, number
+from asyncllm.models.config_numbers import count, number
 
 ConfigDict = dict[str, Any]  # contents of a file
 _POSITIONS = 2048  # if a file names none

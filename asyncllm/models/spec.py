@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from asyncllm.errors import StartupError
-from asyncllm.models.numbers import count, number, truth
+from asyncllm.models.config_numbers import count, number, truth
 from asyncllm.models.quant_config import StoredForm, kv_format, stored_form
 from asyncllm.models.registry import family
 from asyncllm.models.rope import ConfigDict as ConfigDict

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from asyncllm.errors import StartupError
-from asyncllm.models.gguf_tensors import GgufTensors
+from asyncllm.models.gguf_tensors import GgufWeights
 from asyncllm.models.unpickle import Pickles
 
 FP8 = "F8_E4M3"
@@ -25,7 +25,7 @@ FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # types whose values are weig
 Index = tuple[slice, ...]  # one of each dimension, with start and stop
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """A tensor that has not been read yet.
 
     Attributes:
@@ -43,7 +43,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """Where a tensor is.
 
     Attributes:
@@ -78,7 +78,7 @@ class OpenFiles:
         """Of the tensors in a file. Raises StartupError: it cannot be read."""
         return self._file(path).names()
 
-    def tensor(self, stored: Stored) -> Source:
+    def tensor(self, stored: StoredTensor) -> TensorSource:
         """Raises StartupError: a file cannot be read, or its shard does not fit the others."""
         parts = [self._file(path).tensor(stored.key) for path in stored.files]
         return parts[0] if len(parts) == 1 else JoinedShards(stored, parts)
@@ -93,7 +93,7 @@ class OpenFiles:
             case ".safetensors":
                 return _Mapped(path, self._stack)
             case ".gguf":
-                return GgufTensors(path)
+                return GgufWeights(path)
             case _:
                 return _Pickled(path, self._stack, self._pickles)
 
@@ -101,7 +101,7 @@ class OpenFiles:
 class _File(Protocol):
     def names(self) -> frozenset[str]: ...
 
-    def tensor(self, key: str) -> Source:
+    def tensor(self, key: str) -> TensorSource:
         """Raises StartupError: there is none, or the file cannot be read."""
 
 
@@ -125,7 +125,7 @@ class _Mapped:
     def names(self) -> frozenset[str]:
         return frozenset(self._file.keys())
 
-    def tensor(self, key: str) -> Source:
+    def tensor(self, key: str) -> TensorSource:
         with reading(self._path):
             return _MappedTensor(self._path, self._file.get_slice(key))
 
@@ -153,7 +153,7 @@ class _Pickled:
     def names(self) -> frozenset[str]:
         return frozenset(self._found)
 
-    def tensor(self, key: str) -> Source:
+    def tensor(self, key: str) -> TensorSource:
         if key not in self._found:
             raise StartupError(f"{self._path} lacks {key}")
         return _PickledTensor(self._path, self._pickles, key, *self._found[key])
@@ -173,7 +173,7 @@ class _PickledTensor:
 class JoinedShards:
     """The shards of a tensor, presented as the whole tensor."""
 
-    def __init__(self, stored: Stored, shards: Sequence[Source]) -> None:
+    def __init__(self, stored: StoredTensor, shards: Sequence[TensorSource]) -> None:
         self._shards, self._dim, self.kind = shards, stored.dim, shards[0].kind
         for path, shard in zip(stored.files, shards, strict=True):
             if shard.kind != self.kind or self._others(shard) != self._others(shards[0]):
@@ -200,7 +200,7 @@ class JoinedShards:
             first += shard.shape[dim]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
-    def _others(self, shard: Source) -> list[int]:
+    def _others(self, shard: TensorSource) -> list[int]:
         """Sizes of the dimensions that are not joined; empty for one that cannot be joined."""
         sizes = list(shard.shape)
         if self._dim < len(sizes):
@@ -217,7 +217,7 @@ class BlockScaled:
 
     kind = "F32"
 
-    def __init__(self, values: Source, scales: Source, block: tuple[int, int]) -> None:
+    def __init__(self, values: TensorSource, scales: TensorSource, block: tuple[int, int]) -> None:
         self._values, self._scales, self._block = values, scales, block
         self.shape = values.shape
 

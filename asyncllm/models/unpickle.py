@@ -155,7 +155,7 @@ class Pickles:
 # -- in the process ------------------------------------------------------------------------------
 
 
-class _Refused(Exception):
+class _BadPickle(Exception):
     """A fault of a file, as the end of a sentence that begins with its name."""
 
 
@@ -168,9 +168,9 @@ def tensors_of(path: str) -> dict[str, Tensor]:
         _bound(2 * size + MEMORY)
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except MemoryError:
-        raise _Refused(f"wants more memory than twice its size and {MEMORY >> 20} MiB") from None
+        raise _BadPickle(f"wants more memory than twice its size and {MEMORY >> 20} MiB") from None
     except Exception as error:  # an untrusted file may make torch raise anything
-        raise _Refused(_why(error)) from None
+        raise _BadPickle(_why(error)) from None
     return _named(found)
 
 
@@ -194,15 +194,15 @@ def _named(found: object) -> dict[str, Tensor]:
         if named:
             return _checked(named)
         found = next((found[name] for name in WRAPPED if name in found), None)
-    raise _Refused("holds no tensors by name")
+    raise _BadPickle("holds no tensors by name")
 
 
 def _checked(named: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in named.items():
         if not _is_plain(tensor):
-            raise _Refused(f"is refused: {name[:200]!r} is no plain tensor")
+            raise _BadPickle(f"is refused: {name[:200]!r} is no plain tensor")
         if tensor.dtype not in DTYPES.values():
-            raise _Refused(f"is refused: {name[:200]!r} has type {tensor.dtype}")
+            raise _BadPickle(f"is refused: {name[:200]!r} has type {tensor.dtype}")
     return named
 
 
@@ -223,7 +223,7 @@ def _bound(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (bound, hard))
 
 
-class _Served:
+class _PickleServer:
     """What the parent asks for."""
 
     def __init__(self) -> None:
@@ -251,7 +251,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # nothing can be written to a file
     if os.getppid() != int(sys.argv[2]):
         return
-    sock, served = socket.socket(fileno=int(sys.argv[1])), _Served()
+    sock, served = socket.socket(fileno=int(sys.argv[1])), _PickleServer()
     with sock, sock.makefile("rb") as lines:
         for line in lines:
             what, *args = json.loads(line)
@@ -262,7 +262,7 @@ def main() -> None:
                     sock.sendall(values.numpy().data)
                     continue
                 reply = [True, served.open(*args) if what == "open" else served.close(*args)]
-            except _Refused as why:
+            except _BadPickle as why:
                 reply = [False, str(why)]
             except Exception as error:  # torch knows more kinds of tensors than we
                 reply = [False, _why(error)]

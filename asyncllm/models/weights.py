@@ -16,17 +16,17 @@ from torch import Tensor
 
 from asyncllm.errors import StartupError
 from asyncllm.models.checkpoint import Checkpoint
-from asyncllm.models.packed import Nibbles, QuantSource, Scaled
+from asyncllm.models.packed import PackedNibbles, QuantSource, ScaledWeights
 from asyncllm.models.quant_config import StoredForm
 from asyncllm.models.quantization import BLOCK, INT4_ZERO, QuantWeight
 from asyncllm.models.quantize import quantize_blocks, quantize_rows
-from asyncllm.models.tensors import FLOATS, FP8, Index, OpenFiles, Source
+from asyncllm.models.tensors import FLOATS, FP8, Index, OpenFiles, TensorSource
 
 _CHUNK = 1 << 24  # elements read at a time
 _QUANTISED = 1 << 22  # elements quantised at a time, as float32 copies
 
 
-class NotAsSaid(ValueError):
+class TensorMismatch(ValueError):
     """A tensor is not what config.json says; the text lacks its name."""
 
 
@@ -65,7 +65,7 @@ class Target:
                 end = min(row + step, num_rows)
                 yield (slice(first + row, first + end), *index[1:]), place[row:end]
 
-    def fill(self, source: Source) -> None:
+    def fill(self, source: TensorSource) -> None:
         for index, place in self.pieces():
             place.copy_(source.read(index, place.device))
 
@@ -101,16 +101,16 @@ class QuantTarget:
             return self.size, self.weight.in_features
         return self.weight.out_features, self.size
 
-    def fill(self, source: Source | QuantSource) -> None:
+    def fill(self, source: TensorSource | QuantSource) -> None:
         """Raises NotAsSaid: the source is not of the form that was expected."""
         if self.form is None:
             self._quantise(source)
-        elif isinstance(source, Scaled | Nibbles):
+        elif isinstance(source, ScaledWeights | PackedNibbles):
             self._take(source)
         else:
-            raise NotAsSaid("is not quantised, and config.json says that it is")
+            raise TensorMismatch("is not quantised, and config.json says that it is")
 
-    def _quantise(self, source: Source) -> None:
+    def _quantise(self, source: TensorSource) -> None:
         weight, device = self.weight, self.weight.data.device
         first, end, _ = self.rows.indices(weight.out_features)
         step = max(BLOCK, _QUANTISED // weight.in_features // BLOCK * BLOCK)
@@ -144,7 +144,9 @@ class QuantTarget:
         weight, device, order = self.weight, self.weight.data.device, source.order
         scales, zeros = source.scales(device), source.zeros(device)
         if zeros is not None and weight.zeros is None and bool((zeros != INT4_ZERO).any()):
-            raise NotAsSaid(f"has zeros other than {INT4_ZERO}: config.json says it is symmetric")
+            raise TensorMismatch(
+                f"has zeros other than {INT4_ZERO}: config.json says it is symmetric"
+            )
         if self.order is not None and order is not None:
             self.order.copy_(order)
         for start, into, length in self.spans:
@@ -213,22 +215,22 @@ def _zeros(weight: QuantWeight) -> Tensor | None:
     return None if weight.zeros is None else weight.zeros.t()
 
 
-class MadeTarget(Protocol):
+class CustomTarget(Protocol):
     """A destination that copies the tensor in its own way."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the checkpoint's tensor."""
 
-    def fill(self, source: Source) -> None:
+    def fill(self, source: TensorSource) -> None:
         """Raises NotAsSaid: the source is not of the form that was expected."""
 
 
-AnyTarget = Target | QuantTarget | MadeTarget
+AnyTarget = Target | QuantTarget | CustomTarget
 
 
 @dataclass(frozen=True, slots=True)
-class _Load:
+class _LoadJob:
     """What to load from where."""
 
     checkpoint: Checkpoint
@@ -268,7 +270,7 @@ def load(
     for name in sorted(wanted):
         groups[of[checkpoint.tensors[_main(checkpoint, name, form)].files[0]]].append(name)
     sizes = {files: sum(f.stat().st_size for f in files) for files in groups}
-    work, done = _Load(checkpoint, wanted, form), 0
+    work, done = _LoadJob(checkpoint, wanted, form), 0
     # pickles come from one process, and those that cannot be mapped are whole in its memory
     mapped = all(path.suffix == ".safetensors" for path in of)
     with ThreadPoolExecutor(num_threads if mapped else 1) as pool:
@@ -320,7 +322,7 @@ def _said(name: str) -> str:
     return (name if name.isprintable() else ascii(name))[:200]
 
 
-def _load_files(work: _Load, files: tuple[Path, ...], names: list[str]) -> tuple[Path, ...]:
+def _load_files(work: _LoadJob, files: tuple[Path, ...], names: list[str]) -> tuple[Path, ...]:
     with work.checkpoint.open() as opened:
         for name in names:
             label = f"{files[0]}: {name}"
@@ -330,7 +332,7 @@ def _load_files(work: _Load, files: tuple[Path, ...], names: list[str]) -> tuple
     return files
 
 
-def _source(work: _Load, opened: OpenFiles, name: str, label: str) -> Source:
+def _source(work: _LoadJob, opened: OpenFiles, name: str, label: str) -> TensorSource:
     """The tensor ``name``, dequantised if it has scales."""
     tensors, form = work.checkpoint.tensors, work.form
     main = _main(work.checkpoint, name, form)
@@ -338,7 +340,7 @@ def _source(work: _Load, opened: OpenFiles, name: str, label: str) -> Source:
         layer = name.removesuffix("weight")
         beside = {end: f"{layer}{end}" for end in form.parts if f"{layer}{end}" in tensors}
         found = {end: opened.tensor(tensors[each]) for end, each in beside.items()}
-        return Nibbles(label, form, found)
+        return PackedNibbles(label, form, found)
     source = opened.tensor(tensors[name])
     if form is not None and form.method == "scaled":
         scale_name = f"{name}{form.suffix}"
@@ -348,7 +350,7 @@ def _source(work: _Load, opened: OpenFiles, name: str, label: str) -> Source:
                 raise StartupError(
                     f"{label} has type {source.kind}, and there are no scales ({scale_name})"
                 )
-            return Scaled(label, form, source, opened.tensor(tensors[scale_name]))
+            return ScaledWeights(label, form, source, opened.tensor(tensors[scale_name]))
         if scaled:
             raise StartupError(
                 f"{label} has scales ({scale_name}), and type {source.kind}, not {form.element}"
@@ -366,12 +368,12 @@ def _source(work: _Load, opened: OpenFiles, name: str, label: str) -> Source:
 
 
 @torch.no_grad()
-def _copy(label: str, source: Source, target: AnyTarget) -> None:
+def _copy(label: str, source: TensorSource, target: AnyTarget) -> None:
     if source.shape != target.shape:
         raise StartupError(
             f"{label} has shape {list(source.shape)}, config.json wants {list(target.shape)}"
         )
     try:
         target.fill(source)
-    except NotAsSaid as error:
+    except TensorMismatch as error:
         raise StartupError(f"{label} {error}") from None

@@ -18,13 +18,13 @@ from asyncllm.actors.channel import Channel
 from asyncllm.actors.detokenizer import Detokenizer
 from asyncllm.actors.director import Director
 from asyncllm.actors.frontend import Frontend
-from asyncllm.actors.grammar import GrammarKeeper
-from asyncllm.actors.guide import Guide
+from asyncllm.actors.frontend_settings import ClusterSettings, FrontendLimits, mark_of
+from asyncllm.actors.grammar import GrammarCompiler
+from asyncllm.actors.guide import ConfigServerClient
 from asyncllm.actors.lockstep import Lockstep
-from asyncllm.actors.renderer import Renderer
+from asyncllm.actors.renderer import TemplateRenderer
 from asyncllm.actors.runner import Runner
 from asyncllm.actors.scheduler import Scheduler
-from asyncllm.actors.settings import Limits, Place, mark_of
 from asyncllm.actors.tokenizer import Tokenizer
 from asyncllm.actors.transport import netloc
 from asyncllm.actors.watchdog import Watchdog, WatchdogConfig, WatchdogHooks
@@ -36,7 +36,7 @@ from asyncllm.core.pacing import Pacer
 from asyncllm.core.speculation import Speculation
 from asyncllm.engine.jit_monitor import JitMonitor
 from asyncllm.environment import cpu_count
-from asyncllm.messages import Announce
+from asyncllm.messages import AnnounceMaster
 from asyncllm.server.cluster import cluster_port, config_server_of, master_of
 from asyncllm.server.launch import Boot, tls_context
 from asyncllm.server.loading import Loaded, most_rows
@@ -144,7 +144,7 @@ def make_tokenizer(p: Loaded) -> AnyActor:
     assert most_new is None or isinstance(most_new, int), most_new
     return Tokenizer(
         p.text,
-        Renderer(p.chats),
+        TemplateRenderer(p.chats),
         limit=resolved.max_req_total_len,
         vocab_size=p.spec.vocab_size,
         input_limit=resolved.max_req_input_len,
@@ -177,26 +177,26 @@ def make_guide(p: Loaded, channel: Channel) -> AnyActor:
     boot = p.boot
     announces = None
     if boot.config.run_mode == roles.MASTER:
-        announces = Announce(boot.cluster_host, channel.port)
-    return Guide(channel, config_server_of(boot.config), announces)
+        announces = AnnounceMaster(boot.cluster_host, channel.port)
+    return ConfigServerClient(channel, config_server_of(boot.config), announces)
 
 
-def _place_of(boot: Boot) -> Place:
+def _place_of(boot: Boot) -> ClusterSettings:
     """What the frontend needs to know about the cluster."""
     config = boot.config
     guided = roles.asks_config_server(config)
     if config.run_mode == roles.MASTER:
         mark = mark_of(netloc(boot.cluster_host, config.port)) if guided else ""
         port = cluster_port(config)
-        return Place(asks="director", cluster_port=port, guided=guided, mark=mark)
+        return ClusterSettings(asks="director", cluster_port=port, guided=guided, mark=mark)
     if guided:
         there = f"this is a {config.run_mode} node; requests go to a pd_master"
-        return Place(asks="agent", elsewhere=there, guided=True)
+        return ClusterSettings(asks="agent", elsewhere=there, guided=True)
     if config.run_mode in roles.NODES:
         host, port = master_of(config)
         there = f"this is a {config.run_mode} node; requests go to its pd_master at {host}:{port}"
-        return Place(asks="agent", elsewhere=there)
-    return Place()
+        return ClusterSettings(asks="agent", elsewhere=there)
+    return ClusterSettings()
 
 
 def make_frontend(p: Loaded, on_open: Callable[[], None]) -> AnyActor:
@@ -228,7 +228,7 @@ def make_frontend(p: Loaded, on_open: Callable[[], None]) -> AnyActor:
             special=text.special,
         ),
         sockets=[socket.socket(fileno=os.dup(p.boot.listen_fd))],
-        limits=Limits(
+        limits=FrontendLimits(
             max_running=-(-resolved.running_max_req_size * config.dp // num_frontends),
             max_waiting=-(-config.max_waiting // num_frontends),
             max_body=resolved.max_body_size,
@@ -270,7 +270,7 @@ def _makers(
     """The factory of each actor, by its name."""
     makers: dict[str, Callable[[Loaded], AnyActor]] = {
         "allocator": make_allocator,
-        "grammar": lambda p: GrammarKeeper(p.grammars, asks=_asks(p.boot)),
+        "grammar": lambda p: GrammarCompiler(p.grammars, asks=_asks(p.boot)),
         "scheduler": make_scheduler,
         "balancer": make_balancer,
         "lockstep": lambda _: Lockstep(),

@@ -20,10 +20,10 @@ from asyncllm.server.loading import (
     torch_device,
     with_chats,
 )
-from asyncllm.text import Text
+from asyncllm.text import ModelTokenizer
 
 
-def check(boot: Boot, spec: ModelSpec, text: Text) -> None:
+def check(boot: Boot, spec: ModelSpec, text: ModelTokenizer) -> None:
     """Print what would be started to standard output.
 
     Raises:

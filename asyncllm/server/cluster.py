@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from asyncllm.actors.channel import Channel
-from asyncllm.actors.peers import Card
+from asyncllm.actors.peer_messages import PeerInfo
 from asyncllm.actors.transport import netloc
 from asyncllm.config import Config, roles
-from asyncllm.core.directing import SILENT_S
+from asyncllm.core.request_director import SILENT_S
 from asyncllm.errors import StartupError
-from asyncllm.server import meeting
+from asyncllm.server import rendezvous
 from asyncllm.server.facts import Facts, kv_facts, model_facts, text_facts
 from asyncllm.server.launch import Boot
 from asyncllm.server.secret import CHANNEL, cluster_keys, is_loopback
@@ -44,7 +44,7 @@ def open_channel(config: Config, stack: contextlib.ExitStack) -> tuple[Channel |
     leads = config.run_mode not in roles.NODES
     keys = cluster_keys(config, CHANNEL, meets_others(config))
     host = config.advertise_host or _own_host(config)
-    card = Card(role=config.run_mode, name=netloc(host, config.port))
+    card = PeerInfo(role=config.run_mode, name=netloc(host, config.port))
     channel = Channel(card, keys, silence_s(config))
     stack.callback(channel.close)
     if leads and not config.check:
@@ -74,12 +74,12 @@ def _own_host(config: Config) -> str:
         StartupError: no route to the other server, or only this machine can reach this one.
     """
     if config.run_mode in roles.NODES:
-        return meeting.address_towards(config.config_server_host or master_of(config)[0])
+        return rendezvous.address_towards(config.config_server_host or master_of(config)[0])
     host, towards = config.host, config.config_server_host
     if towards is None or config.run_mode == roles.CONFIG_SERVER:
         return ANY_ADDRESS.get(host, host)
     if host in ANY_ADDRESS:
-        return meeting.address_towards(towards)
+        return rendezvous.address_towards(towards)
     if is_loopback(host) and not is_loopback(towards):
         raise StartupError(
             f"--host {host} is reached from this machine only, and --config_server_host {towards} "

@@ -1,4 +1,4 @@
-"""The helper process that compiles the kernels needed at start; see ``server/ahead.py``.
+"""The helper process that compiles the kernels needed at start; see ``server/compile_helper.py``.
 
 Reads its job from standard input. It builds the model without allocating memory and runs the same
 warm-up as rank 0 will, so it compiles what the warm-up launches; it never touches the GPU.
@@ -21,8 +21,8 @@ import torch
 from asyncllm import log
 from asyncllm.config import FLAGS
 from asyncllm.config.options import OF_ONE_NODE
-from asyncllm.engine.ahead import DryDevice, Variant, compile_noted, noted
 from asyncllm.engine.build import division_of, model_on_paper
+from asyncllm.engine.kernel_recording import DryDevice, KernelVariant, compile_noted, noted
 from asyncllm.engine.parallel import SingleRank
 from asyncllm.environment import cpu_count
 from asyncllm.kernels import autotune
@@ -77,7 +77,7 @@ def _in_order(value: object) -> object:
     return sorted(value) if isinstance(value, frozenset) else repr(value)
 
 
-def variants(boot: Boot, spec: ModelSpec, facts: DeviceFacts) -> list[Variant]:
+def variants(boot: Boot, spec: ModelSpec, facts: DeviceFacts) -> list[KernelVariant]:
     """The kernels that a rank's warm-up launches, with the types and values they are specialised
     for. Modifies Triton permanently, see :func:`noted`."""
     spec, sizes = distinct(spec), sizes_of(boot)

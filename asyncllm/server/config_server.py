@@ -20,13 +20,13 @@ from asyncllm.actors.registry import Registry
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import netloc
 from asyncllm.config import Config, roles
-from asyncllm.core.metrics import Process
+from asyncllm.core.metrics import ProcessCounters
 from asyncllm.errors import FatalError, StartupError
 from asyncllm.server.cluster import ANY_ADDRESS, cluster_port, open_channel
 from asyncllm.server.launch import bind_http, tls_context
-from asyncllm.server.meeting import listen_at
-from asyncllm.server.signals import Watch, handle_draining
-from asyncllm.server.status import JSON, TEXT, Page, Status
+from asyncllm.server.rendezvous import listen_at
+from asyncllm.server.signals import SignalWatcher, handle_draining
+from asyncllm.server.status import JSON, TEXT, Page, StatusPages
 from asyncllm.topology import Topology
 
 OK, HEALTHY = b'{"status":"ok"}', b'{"message":"Ok"}'
@@ -43,7 +43,7 @@ def serve(config: Config) -> int:
     Raises:
         StartupError: the server cannot start as configured.
     """
-    watch = Watch(roles.CONFIG_SERVER, leads=True)
+    watch = SignalWatcher(roles.CONFIG_SERVER, leads=True)
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(bind_http(config.host, config.port))
         channel, _ = open_channel(config, stack)
@@ -57,7 +57,7 @@ def serve(config: Config) -> int:
         return uvloop.run(_run(config, sock, channel, watch))
 
 
-async def _run(config: Config, sock: socket.socket, channel: Channel, watch: Watch) -> int:
+async def _run(config: Config, sock: socket.socket, channel: Channel, watch: SignalWatcher) -> int:
     system = ActorSystem(topology=Topology.of_config_server())
     registry = Registry(channel, functools.partial(open_store, config.host))
     system.add(registry)
@@ -68,7 +68,7 @@ async def _run(config: Config, sock: socket.socket, channel: Channel, watch: Wat
 
     def metrics() -> tuple[int, str, bytes]:
         actors = [(a.name, a.depth, a.busy_s, a.take_longest()) for a in system.actors]
-        process = Process(actors, system.dead_letters, *system.counted())
+        process = ProcessCounters(actors, system.dead_letters, *system.counted())
         return 200, TEXT, registry.registered(process).exposition()
 
     pages: dict[str, Page] = {
@@ -80,7 +80,7 @@ async def _run(config: Config, sock: socket.socket, channel: Channel, watch: Wat
         "/registered_objects": lambda: (200, JSON, registry.objects()),
     }
     access = Access(keys=config.api_key, tls=tls_context(config))
-    status = Status(pages, access, "this is a config_server; send requests to a pd_master")
+    status = StatusPages(pages, access, "this is a config_server; send requests to a pd_master")
     await status.open(sock)
     scheme = "https" if config.ssl_certfile else "http"
     host = ANY_ADDRESS.get(config.host, config.host)

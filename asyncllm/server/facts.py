@@ -5,7 +5,7 @@ from __future__ import annotations
 from hashlib import sha256
 from pathlib import Path
 
-from asyncllm.config import Config, Resolved
+from asyncllm.config import Config, ResolvedConfig
 from asyncllm.errors import StartupError
 from asyncllm.models.checkpoint import weight_files
 
@@ -22,7 +22,7 @@ MOST_HEADER = 100 << 20
 Facts = tuple[tuple[str, str], ...]
 
 
-def facts(config: Config, resolved: Resolved, model_dir: Path) -> Facts:
+def facts(config: Config, resolved: ResolvedConfig, model_dir: Path) -> Facts:
     """(name, value) of everything that must be equal on the nodes of one server.
 
     Raises:
@@ -69,7 +69,7 @@ def model_facts(config: Config, model_dir: Path) -> Facts:
     return ("model (config.json and index of the weights)", model), ("tokenizer", tokenizer)
 
 
-def kv_facts(resolved: Resolved) -> Facts:
+def kv_facts(resolved: ResolvedConfig) -> Facts:
     """What must be equal besides the model for one process to read K/V of another."""
     return (("K/V layout", " ".join((resolved.dtype, *resolved.kv_mode))),)
 

@@ -28,7 +28,7 @@ from typing import Any
 
 from asyncllm.actors.transport import tcp
 from asyncllm.codec import protocol
-from asyncllm.config import Config, Resolved
+from asyncllm.config import Config, ResolvedConfig
 from asyncllm.environment import child_environment
 from asyncllm.errors import Mismatch, StartupError
 from asyncllm.server import signals
@@ -49,15 +49,15 @@ class Boot:
 
     endpoint: int
     topology: Topology  # with the addresses known so far; its own is where it must listen
-    keys: tuple[str, str] = field(repr=False)  # see ``Keys``
+    keys: tuple[str, str] = field(repr=False)  # see ``CurveKeys``
     config: Config
-    resolved: Resolved
+    resolved: ResolvedConfig
     model_dir: str
     rendezvous: tuple[str, int] | None  # address and port of torch.distributed; None for one rank
     listen_fd: int  # the HTTP socket, bound but not listening; -1 if there is no frontend
     parent: int  # pid; 0 for rank 0
     store_fd: int = -1  # of rank 0: the listening socket behind ``rendezvous``
-    pulse_fd: int = -1  # see ``Pulse``; -1: no other processes
+    pulse_fd: int = -1  # see ``Heartbeats``; -1: no other processes
     advertised: str = ""  # host at which other nodes reach this one; "": no other nodes
     cluster_host: str = ""  # host for other servers of the cluster; "": not in a cluster
     incarnation: str = ""  # the id of this server in its cluster; different after each start
@@ -111,7 +111,9 @@ class Boot:
                 )
             fields["topology"] = Topology.from_plain(fields["topology"])
             fields["config"] = Config.from_json(fields["config"])
-            fields["resolved"] = Resolved(**{k: _tuple(v) for k, v in fields["resolved"].items()})
+            fields["resolved"] = ResolvedConfig(
+                **{k: _tuple(v) for k, v in fields["resolved"].items()}
+            )
             return cls(**{k: _tuple(v) for k, v in fields.items()})
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise StartupError(f"this version cannot read what rank 0 wrote: {error!r}") from error

@@ -13,17 +13,17 @@ import logging
 import threading
 from collections.abc import Coroutine
 
-from asyncllm.actors.channel import Channel, Listener
-from asyncllm.actors.finding import Search
+from asyncllm.actors.channel import Channel, ChannelCallbacks
 from asyncllm.actors.guide import WHAT
-from asyncllm.actors.peers import Card, PeerJoined, PeerLeft, PeerRefused
+from asyncllm.actors.peer_connector import PeerConnector
+from asyncllm.actors.peer_messages import PeerInfo, PeerJoined, PeerLeft, PeerRefused
 from asyncllm.actors.registry import TENANT
 from asyncllm.actors.transport import netloc
 from asyncllm.codec import Message, encode
 from asyncllm.config import Config, roles
 from asyncllm.errors import StartupError
-from asyncllm.messages import Claim, Claimed, Denied, Seek, Sought
-from asyncllm.server import meeting
+from asyncllm.messages import FindRendezvous, LeaseDenied, LeasePort, PortLeased, RendezvousFound
+from asyncllm.server import rendezvous
 from asyncllm.server.cluster import config_server_of, silence_s
 from asyncllm.server.secret import CHANNEL, cluster_keys
 
@@ -42,13 +42,15 @@ class Lease:
         asks: Claim the port, or on the other nodes Seek the address of the first node.
     """
 
-    def __init__(self, channel: Channel, server: tuple[str, int], asks: Claim | Seek) -> None:
+    def __init__(
+        self, channel: Channel, server: tuple[str, int], asks: LeasePort | FindRendezvous
+    ) -> None:
         self._channel, self._server, self._asks = channel, server, asks
         self._answer: concurrent.futures.Future[str] = concurrent.futures.Future()
         self._loop = asyncio.new_event_loop()
         self._over = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
-        self._search = Search(channel, server, WHAT, self._look)
+        self._search = PeerConnector(channel, server, WHAT, self._look)
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
 
     def take(self, seconds: float = ANSWER_S) -> str:
@@ -63,7 +65,7 @@ class Lease:
         except TimeoutError:
             host, port = self._server
             what = "no config_server has answered"
-            if isinstance(self._asks, Seek):
+            if isinstance(self._asks, FindRendezvous):
                 what = f"{what}, or no node 0 has come to --nccl_port {self._asks.port} of it"
             raise StartupError(
                 f"{netloc(host, port)}: {what} within {seconds:g} s: {WHAT}"
@@ -83,7 +85,7 @@ class Lease:
         self._loop.close()
 
     async def _hold(self) -> None:
-        self._channel.start(Listener(self._changed, self._told))
+        self._channel.start(ChannelCallbacks(self._changed, self._told))
         self._search.look()
         await self._over.wait()
         if self._looking is not None:
@@ -106,16 +108,16 @@ class Lease:
 
     def _told(self, peer: int, name: str, urgent: bool, msg: Message) -> str | None:
         match msg:
-            case Claimed():
+            case PortLeased():
                 # servers that come later must not join this rendezvous
-                assert isinstance(self._asks, Claim)
-                self._asks = Claim(
+                assert isinstance(self._asks, LeasePort)
+                self._asks = LeasePort(
                     port=self._asks.port, host=self._asks.host, meets=self._asks.meets, again=True
                 )
                 self._done("")
-            case Sought(_, meets):
+            case RendezvousFound(_, meets):
                 self._done(meets)
-            case Denied(port, why):
+            case LeaseDenied(port, why):
                 self._fail(
                     f"the ranks cannot meet at port {port} of the config_server "
                     f"{netloc(*self._server)}: {why} (--nccl_port)"
@@ -152,12 +154,12 @@ def take_lease(config: Config, stack: contextlib.ExitStack) -> str | None:
         return None
     host, port = config_server_of(config)
     keys = cluster_keys(config, CHANNEL, ("config_server_host", "advertise_host"))
-    own = config.advertise_host or meeting.address_towards(host)
+    own = config.advertise_host or rendezvous.address_towards(host)
     name = f"{config.run_mode} {netloc(own, config.port)}"
-    channel = Channel(Card(role=TENANT, name=name), keys, silence_s(config))
-    asks: Claim | Seek = Seek(config.nccl_port)
+    channel = Channel(PeerInfo(role=TENANT, name=name), keys, silence_s(config))
+    asks: LeasePort | FindRendezvous = FindRendezvous(config.nccl_port)
     if config.node_rank == 0:
-        asks = Claim(port=config.nccl_port, host=host, meets=own if config.nnodes > 1 else "")
+        asks = LeasePort(port=config.nccl_port, host=host, meets=own if config.nnodes > 1 else "")
     lease = Lease(channel, (host, port), asks)
     stack.callback(channel.close)
     stack.callback(lease.close)

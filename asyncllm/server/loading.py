@@ -16,24 +16,24 @@ from typing import cast
 import torch
 
 from asyncllm import log, templates
-from asyncllm.actors.kv_taker import Door
+from asyncllm.actors.kv_receiver import KvListener
 from asyncllm.api.common.chat_template import USED
 from asyncllm.api.parsing import reasoning, tools
 from asyncllm.api.parsing.output_parser import Dialect, dialect_of
 from asyncllm.config import Config, quantisation
-from asyncllm.constrain.factory import Constraints, unconstrained
-from asyncllm.constrain.llguidance_backend import Grammars
+from asyncllm.constrain.factory import ConstraintFactory, unconstrained
+from asyncllm.constrain.llguidance_backend import GrammarEngine
 from asyncllm.constrain.reasoning import ReasoningMarks
 from asyncllm.constrain.vocabulary import Vocabulary
 from asyncllm.core.speculation import step_rows
 from asyncllm.core.step_times import StepTimes
 from asyncllm.core.windows import NO_SLOTS, PerSpace, Window
-from asyncllm.engine.ahead import DryDevice
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
+from asyncllm.engine.kernel_recording import DryDevice
 from asyncllm.engine.parallel import Group, Ranks, SingleRank
-from asyncllm.engine.timing import measure
+from asyncllm.engine.step_timing import measure
 from asyncllm.environment import cpu_count
 from asyncllm.errors import StartupError
 from asyncllm.models import rope
@@ -42,10 +42,10 @@ from asyncllm.models.kv_format import KvMode
 from asyncllm.models.model import Model
 from asyncllm.models.spec import ModelSpec
 from asyncllm.server import preflight, transfer
-from asyncllm.server.ahead import Ahead
+from asyncllm.server.compile_helper import CompileHelper
 from asyncllm.server.launch import Boot
-from asyncllm.templates import Chats
-from asyncllm.text import Mode, Text, load_tokenizer, with_controls
+from asyncllm.templates import TemplateSet
+from asyncllm.text import Mode, ModelTokenizer, load_tokenizer, with_controls
 from asyncllm.topology import MASTER, MOVER, Topology
 
 logger = logging.getLogger(__name__)
@@ -57,19 +57,19 @@ class Loaded:
 
     boot: Boot
     spec: ModelSpec
-    text: Text | None  # on leaders and processes that serve HTTP, as are the next two
+    text: ModelTokenizer | None  # on leaders and processes that serve HTTP, as are the next two
     dialect: Dialect | None
-    chats: Chats | None
+    chats: TemplateSet | None
     device: CpuDevice | CudaDevice | None
     ranks: Ranks | None  # None: there is only one
     num_slots: PerSpace = NO_SLOTS
     window: Window | None = None  # for layers with a separate slot space
     # on leaders and masters, unless constrained output is off
-    grammars: Grammars | None = None
-    constraints: Constraints | None = None  # on leaders
+    grammars: GrammarEngine | None = None
+    constraints: ConstraintFactory | None = None  # on leaders
     linears: tuple[tuple[str, int], ...] = ()  # on ranks: (kind of weights, number)
     times: StepTimes = field(default_factory=StepTimes)  # of a leader's steps
-    door: Door | None = None  # on ranks that receive K/V from other servers
+    door: KvListener | None = None  # on ranks that receive K/V from other servers
 
 
 # -- start ---------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def rope_notes(spec: ModelSpec, max_len: int) -> list[str]:
     return rope.notes((layer.rope for layer in spec.layers), max_len)
 
 
-def load_text(config: Config, model_dir: str, spec: ModelSpec) -> Text:
+def load_text(config: Config, model_dir: str, spec: ModelSpec) -> ModelTokenizer:
     mode = cast("Mode", config.tokenizer_mode)
     with log.phase("load tokenizer"):
         return load_tokenizer(model_dir, mode, config.trust_remote_code, spec.vocab_size)
@@ -137,7 +137,10 @@ def num_threads(boot: Boot) -> int:
 
 
 def load_endpoint(
-    boot: Boot, spec: ModelSpec, text: Text | None = None, ahead: Ahead | None = None
+    boot: Boot,
+    spec: ModelSpec,
+    text: ModelTokenizer | None = None,
+    ahead: CompileHelper | None = None,
 ) -> Loaded:
     """Load what this process needs: tokenizer, and weights and K/V on a tp rank. Blocks.
 
@@ -212,7 +215,7 @@ def load_forms(loaded: Loaded) -> None:
         )
 
 
-def with_chats(loaded: Loaded, text: Text) -> Loaded:
+def with_chats(loaded: Loaded, text: ModelTokenizer) -> Loaded:
     """``loaded`` with the tokenizer, the model's output format and its chat renderer.
 
     A template that does not compile disables chats only.
@@ -229,7 +232,7 @@ def with_chats(loaded: Loaded, text: Text) -> Loaded:
             text = with_controls(text)
         except StartupError as error:
             reason = str(error)
-    chats = Chats(used, text.special_tokens, text.controls)
+    chats = TemplateSet(used, text.special_tokens, text.controls)
     with log.phase("read chat templates"):
         try:
             dialect, mixes = templates.read_dialect(chats, *known)
@@ -269,7 +272,7 @@ def _load_device(
     ranks: Ranks | None,
     where: torch.device,
     plan: MemoryPlan,
-    ahead: Ahead | None,
+    ahead: CompileHelper | None,
 ) -> tuple[CpuDevice | CudaDevice, StepTimes]:
     """Ready for steps; with the times of some."""
     resolved = boot.resolved
@@ -365,23 +368,23 @@ def _longest(boot: Boot) -> tuple[int, int]:
 
 
 def load_grammars(
-    text: Text, dialect: Dialect, vocab_size: int, eos_ids: Sequence[int]
-) -> Grammars:
+    text: ModelTokenizer, dialect: Dialect, vocab_size: int, eos_ids: Sequence[int]
+) -> GrammarEngine:
     """Grammars of the model's tokens; special ones are not text, except for the marks of calls."""
     marks = tools.special_tokens(dialect.calls)
     encode = partial(text.encode, add_special_tokens=False)
-    return Grammars(text.pieces, vocab_size, eos_ids, text.special, marks, encode)
+    return GrammarEngine(text.pieces, vocab_size, eos_ids, text.special, marks, encode)
 
 
 def load_constraints(
-    text: Text,
+    text: ModelTokenizer,
     dialect: Dialect,
     vocab_size: int,
     eos_ids: tuple[int, ...],
     *,
-    grammars: Grammars | None,
+    grammars: GrammarEngine | None,
     heals: bool,
-) -> Constraints:
+) -> ConstraintFactory:
     """The factory of requests' constraints.
 
     Args:
@@ -400,7 +403,7 @@ def load_constraints(
         vocab = Vocabulary(text.pieces, vocab_size, text.special)
         if style:
             thinking = ReasoningMarks(vocab, reasoning.tags(style, frozenset(text.pieces)), eos_ids)
-    return Constraints(
+    return ConstraintFactory(
         vocab_size,
         eos_ids,
         unconstrained if grammars is None else grammars.constrain,

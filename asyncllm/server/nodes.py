@@ -20,10 +20,10 @@ from time import monotonic
 
 import zmq
 
-from asyncllm.actors.transport import Keys, Monitor, ipv6, known_to, protected, tcp
+from asyncllm.actors.transport import CurveKeys, Monitor, ipv6, known_to, protected, tcp
 from asyncllm.codec import CodecError, Message, decode, encode, message, protocol
 from asyncllm.errors import Mismatch, StartupError
-from asyncllm.log import Seldom
+from asyncllm.log import RateLimitedLog
 from asyncllm.topology import Contract, Topology
 
 BEAT_S = 0.3  # between two heartbeats, less with a small --dead_after
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 @message(60)
-class Join(Message):
+class NodeJoin(Message):
     """node -> node 0: introduces itself."""
 
     node: int
@@ -49,7 +49,7 @@ class Join(Message):
 
 
 @message(61)
-class Joined(Message):
+class NodeJoined(Message):
     """node 0 -> node: all have joined, and these are the server's values."""
 
     topology: Topology
@@ -71,7 +71,7 @@ class NodeAlive(Message):
 
 
 @message(64)
-class Ends(Message):
+class NodeEnding(Message):
     """Each node <-> node 0: the server fails."""
 
     code: int  # exit code
@@ -79,8 +79,8 @@ class Ends(Message):
 
 
 @dataclass(slots=True)
-class _Peer:
-    join: Join
+class _JoinedNode:
+    join: NodeJoin
     heard: float
     missed: int = 0
 
@@ -89,7 +89,7 @@ class _Peer:
         return f"node {self.join.node} ({self.join.host})"
 
 
-class Lifeline:
+class NodeLink:
     """One end of the connections between nodes.
 
     Args:
@@ -115,7 +115,7 @@ class Lifeline:
         # what is to be told does not wait for the next heartbeat
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         weakref.finalize(self, os.close, self._bell)
-        self._log = Seldom(log)
+        self._log = RateLimitedLog(log)
         self.foreign_frames = self.strangers = 0
 
     def watch(self, on_end: Callable[[int, str], None]) -> None:
@@ -181,7 +181,7 @@ class Lifeline:
             self._found = code, why
             self.fail(code, why)
 
-    def _gone(self, peer: _Peer, code: int, why: str) -> None:
+    def _gone(self, peer: _JoinedNode, code: int, why: str) -> None:
         """Another node has failed."""
         if (node := peer.join.node) in self._spared:
             self._spared -= {node}
@@ -190,7 +190,7 @@ class Lifeline:
         else:
             self._lost(code, why)
 
-    def _look(self, peer: _Peer, now: float, late: float, sent: bool) -> None:
+    def _look(self, peer: _JoinedNode, now: float, late: float, sent: bool) -> None:
         """Whether a peer is alive; ``sent``: its connection accepted a heartbeat."""
         peer.heard += late
         peer.missed = 0 if sent else peer.missed + 1
@@ -211,7 +211,7 @@ class Lifeline:
         if self._bell in dict(poller.poll(int(1e3 * wait_s))):
             os.eventfd_read(self._bell)
 
-    def _forget(self, peer: _Peer) -> None:
+    def _forget(self, peer: _JoinedNode) -> None:
         raise NotImplementedError
 
     def _listen(self, wait_s: float) -> None:
@@ -224,7 +224,7 @@ class Lifeline:
         raise NotImplementedError
 
 
-class Meeting(Lifeline):
+class NodeRendezvous(NodeLink):
     """Node 0's end: all nodes meet here.
 
     Args:
@@ -238,11 +238,16 @@ class Meeting(Lifeline):
     """
 
     def __init__(
-        self, own: Join, bind: tuple[str, int], keys: Keys, nnodes: int, dead_after_s: float
+        self,
+        own: NodeJoin,
+        bind: tuple[str, int],
+        keys: CurveKeys,
+        nnodes: int,
+        dead_after_s: float,
     ) -> None:
         super().__init__(dead_after_s)
         self._own, self._nnodes, self._complete = own, nnodes, False
-        self._peers: dict[bytes, _Peer] = {}
+        self._peers: dict[bytes, _JoinedNode] = {}
         self._told = False
         self._sock = sock = self._ctx.socket(zmq.ROUTER)
         sock.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
@@ -260,7 +265,7 @@ class Meeting(Lifeline):
                 "(--nccl_host, --multinode_httpmanager_port)"
             ) from None
 
-    def gather(self, timeout_s: float) -> list[Join]:
+    def gather(self, timeout_s: float) -> list[NodeJoin]:
         """All other nodes, in order, once they have joined. Blocks.
 
         Raises:
@@ -282,7 +287,7 @@ class Meeting(Lifeline):
         self._complete = True
         return sorted((peer.join for peer in self._peers.values()), key=lambda join: join.node)
 
-    def place(self, joined: Joined) -> None:
+    def place(self, joined: NodeJoined) -> None:
         """Send all nodes the server's values."""
         for ident in self._peers:
             self._send(ident, joined)
@@ -312,16 +317,16 @@ class Meeting(Lifeline):
                 self._gone(peer, 1, f"{peer.name} sends invalid messages")
             return
         if peer is None:
-            if isinstance(msg, Join):
+            if isinstance(msg, NodeJoin):
                 self._admit(ident, msg)
             elif isinstance(msg, NodeAlive):  # it was silent for too long
-                self._send(ident, Ends(1, "the server continues without this node"))
+                self._send(ident, NodeEnding(1, "the server continues without this node"))
             return
         peer.heard = monotonic()
-        if isinstance(msg, Ends):
+        if isinstance(msg, NodeEnding):
             self._gone(peer, msg.code, f"{peer.name}: {msg.why}")
 
-    def _admit(self, ident: bytes, join: Join) -> None:
+    def _admit(self, ident: bytes, join: NodeJoin) -> None:
         """A process that knows the secret wants to be a node of this server."""
         name = f"node {join.node} ({join.host})"
         if self._complete:
@@ -333,7 +338,7 @@ class Meeting(Lifeline):
             self._refuse(ident, name, breach)
             return
         twins = [peer for peer in self._peers.values() if peer.join.node == join.node]
-        self._peers[ident] = _Peer(join, monotonic())
+        self._peers[ident] = _JoinedNode(join, monotonic())
         if twins or not 0 < join.node < self._nnodes:
             others = ", ".join(peer.join.host for peer in twins) or self._own.host
             self._lost(2, f"two nodes have --node_rank {join.node}: {others}, {join.host}")
@@ -350,7 +355,7 @@ class Meeting(Lifeline):
         else:
             self._lost(2, why)
 
-    def _forget(self, peer: _Peer) -> None:
+    def _forget(self, peer: _JoinedNode) -> None:
         self._peers = {ident: each for ident, each in self._peers.items() if each is not peer}
 
     def _beat(self, now: float, late: float) -> None:
@@ -361,7 +366,7 @@ class Meeting(Lifeline):
         if self._said is not None and not self._told:
             self._told = True
             for ident in self._peers:
-                self._send(ident, Ends(*self._said))
+                self._send(ident, NodeEnding(*self._said))
 
     def _send(self, ident: bytes, msg: Message) -> bool:
         """Returns False if there is no connection to it."""
@@ -376,7 +381,7 @@ class Meeting(Lifeline):
         return True
 
 
-class Member(Lifeline):
+class NodeMember(NodeLink):
     """The end of any other node.
 
     Args:
@@ -386,18 +391,18 @@ class Member(Lifeline):
     """
 
     def __init__(
-        self, own: Join, host: str, port: int, keys: Sequence[Keys], dead_after_s: float
+        self, own: NodeJoin, host: str, port: int, keys: Sequence[CurveKeys], dead_after_s: float
     ) -> None:
         super().__init__(dead_after_s)
         self._own, self._where = own, f"{host}:{port}"
-        self._leader: _Peer | None = None
-        self._joined: Joined | None = None
+        self._leader: _JoinedNode | None = None
+        self._joined: NodeJoined | None = None
         self._told = False
         ident = b"%d-%s" % (own.node, secrets.token_bytes(8))
-        self._ways = [_Way(self._ctx, tcp(host, port), ident, each) for each in keys]
-        self._peer = _Peer(Join(0, host, own.contract, ()), 0.0)
+        self._ways = [_LeaderConnection(self._ctx, tcp(host, port), ident, each) for each in keys]
+        self._peer = _JoinedNode(NodeJoin(0, host, own.contract, ()), 0.0)
 
-    def join(self, timeout_s: float) -> Joined:
+    def join(self, timeout_s: float) -> NodeJoined:
         """Block until all nodes have joined; returns node 0's answer.
 
         Raises:
@@ -432,7 +437,7 @@ class Member(Lifeline):
                     break
                 self._take(way, frames)
 
-    def _take(self, way: _Way, frames: list[bytes]) -> None:
+    def _take(self, way: _LeaderConnection, frames: list[bytes]) -> None:
         if self._leader is None:
             self._leader = self._peer
             for other in self._ways:
@@ -455,11 +460,11 @@ class Member(Lifeline):
             self._lost(1, f"{self._leader.name} sends an invalid message: {error}")
             return
         match msg:
-            case Joined():
+            case NodeJoined():
                 self._joined = msg
             case JoinRefused(why):
                 self._lost(2, why)
-            case Ends(code, why):
+            case NodeEnding(code, why):
                 self._lost(code, why)
             case _:
                 pass
@@ -476,14 +481,14 @@ class Member(Lifeline):
         if self._said is not None and not self._told:
             self._told = True
             if self._leader is not None:
-                self._ways[0].send(self._frames(Ends(*self._said)))
+                self._ways[0].send(self._frames(NodeEnding(*self._said)))
 
 
-class _Way:
+class _LeaderConnection:
     """A connection to node 0, under the keys of one secret."""
 
     def __init__(
-        self, ctx: zmq.Context[zmq.Socket[bytes]], address: str, ident: bytes, keys: Keys
+        self, ctx: zmq.Context[zmq.Socket[bytes]], address: str, ident: bytes, keys: CurveKeys
     ) -> None:
         self.sock = sock = ctx.socket(zmq.DEALER)
         self._connected = False
@@ -511,7 +516,7 @@ class _Way:
         self.sock.close(0)
 
 
-def difference(ours: Join, theirs: Join) -> tuple[str, str, str] | None:
+def difference(ours: NodeJoin, theirs: NodeJoin) -> tuple[str, str, str] | None:
     """(name, our value, theirs) of a value in which two nodes differ, or None."""
     if breach := ours.contract.breach(theirs.contract):
         return breach

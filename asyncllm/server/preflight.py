@@ -17,7 +17,7 @@ from asyncllm.engine.parallel import Ranks, meet
 from asyncllm.environment import interface
 from asyncllm.errors import StartupError
 from asyncllm.server.launch import Boot
-from asyncllm.server.meeting import interface_to
+from asyncllm.server.rendezvous import interface_to
 
 PORTS_S = 10.0
 SUM_S = 30.0
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class TestedConnection:
     """A connection between two processes that was tested and works."""
 
     of: str
@@ -38,7 +38,9 @@ class Way:
     ms: float
 
 
-def join_ranks(boot: Boot, where: torch.device, ways: list[Way] | None = None) -> Ranks:
+def join_ranks(
+    boot: Boot, where: torch.device, ways: list[TestedConnection] | None = None
+) -> Ranks:
     """Block until all ranks of the server have joined, and return them.
 
     Args:
@@ -81,7 +83,9 @@ def join_ranks(boot: Boot, where: torch.device, ways: list[Way] | None = None) -
     )
     if ranks.group.size > 1:
         group = f"a sum of {ranks.group.size} ranks"
-        ways.append(Way(boot.name, group, f"({variable})", name, 1e3 * (monotonic() - begin)))
+        ways.append(
+            TestedConnection(boot.name, group, f"({variable})", name, 1e3 * (monotonic() - begin))
+        )
     return ranks
 
 
@@ -91,13 +95,13 @@ def try_ways(boot: Boot, where: torch.device) -> str:
     Raises:
         StartupError: one of them does not work.
     """
-    mine: list[Way] = []
+    mine: list[TestedConnection] = []
     ranks = join_ranks(boot, where, mine)
     said = ranks.exchange(json.dumps([astuple(way) for way in mine]))
     leaving = threading.Thread(target=ranks.close, daemon=True)  # NCCL ranks wait for each other
     leaving.start()
     leaving.join(LEAVING_S)
-    found = [Way(*way) for text in said for way in json.loads(text)]
+    found = [TestedConnection(*way) for text in said for way in json.loads(text)]
     rows = [("from", "to", "at", "over", "ms")]
     rows += [(way.of, way.to, way.at, way.over, f"{way.ms:.1f}") for way in found]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -107,7 +111,7 @@ def try_ways(boot: Boot, where: torch.device) -> str:
     )
 
 
-def reach(name: str, other: str, host: str, port: int, option: str) -> Way:
+def reach(name: str, other: str, host: str, port: int, option: str) -> TestedConnection:
     """Connect to a port of another node that is open now or will be soon.
 
     Args:
@@ -124,7 +128,7 @@ def reach(name: str, other: str, host: str, port: int, option: str) -> Way:
             left = max(RETRY_S, deadline - monotonic())
             with socket.create_connection((host, port), timeout=left):
                 took = 1e3 * (monotonic() - begin)
-                return Way(name, other, f"{host}:{port}", interface_to(host), took)
+                return TestedConnection(name, other, f"{host}:{port}", interface_to(host), took)
         except OSError as error:
             if monotonic() < deadline - RETRY_S:
                 threading.Event().wait(RETRY_S)

@@ -20,19 +20,19 @@ import torch
 
 from asyncllm.actors.access import Access
 from asyncllm.actors.channel import Channel
-from asyncllm.actors.pulse import Pulse
+from asyncllm.actors.heartbeats import Heartbeats
 from asyncllm.actors.system import ActorSystem
-from asyncllm.actors.transport import Keys, Wire
+from asyncllm.actors.transport import CurveKeys, TransportSettings
 from asyncllm.actors.watchdog import EXIT_HUNG, WatchdogHooks, dump_stacks
 from asyncllm.api.openapi.welcome import curl_line
 from asyncllm.config import roles
-from asyncllm.core.metrics import Process, ServerMetrics, State
+from asyncllm.core.metrics import ProcessCounters, ServerMetrics, StatsSnapshot
 from asyncllm.errors import FatalError, Mismatch, PeerLost, StartupError
-from asyncllm.messages import Drain, GroupLost, Replaced
+from asyncllm.messages import Drain, GroupFailed, WorkerReplaced
 from asyncllm.models.spec import ModelSpec
-from asyncllm.server.ahead import Ahead
 from asyncllm.server.assembly import place
 from asyncllm.server.cluster import introduce
+from asyncllm.server.compile_helper import CompileHelper
 from asyncllm.server.culprit import Culprit
 from asyncllm.server.launch import (
     EXIT_FAILED,
@@ -44,11 +44,11 @@ from asyncllm.server.launch import (
     watch_parent,
 )
 from asyncllm.server.loading import Loaded, load_endpoint, num_threads, torch_device
-from asyncllm.server.nodes import Lifeline
+from asyncllm.server.nodes import NodeLink
 from asyncllm.server.preflight import try_ways
-from asyncllm.server.signals import SHOW, Watch, handle_draining
-from asyncllm.server.status import JSON, TEXT, Page, Status
-from asyncllm.text import Text
+from asyncllm.server.signals import SHOW, SignalWatcher, handle_draining
+from asyncllm.server.status import JSON, TEXT, Page, StatusPages
+from asyncllm.text import ModelTokenizer
 from asyncllm.topology import HTTP, Endpoint, Topology
 
 EXIT_STARTUP = 2
@@ -64,7 +64,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Ground:
+class NodeResources:
     """State that only the process that the user started on a node has.
 
     Args:
@@ -76,21 +76,26 @@ class Ground:
     """
 
     wires: ZmqAddresses | NodeWires | None = None
-    lifeline: Lifeline | None = None
+    lifeline: NodeLink | None = None
     status: socket | None = None
     channel: Channel | None = None
-    ahead: Ahead | None = None
+    ahead: CompileHelper | None = None
 
 
 class Server:
     """One process of the server, from load to exit."""
 
     def __init__(
-        self, boot: Boot, spec: ModelSpec, text: Text | None, ground: Ground, watch: Watch
+        self,
+        boot: Boot,
+        spec: ModelSpec,
+        text: ModelTokenizer | None,
+        ground: NodeResources,
+        watch: SignalWatcher,
     ) -> None:
         self._boot, self._spec, self._text = boot, spec, text
         self._wires, self._lifeline, self._watch = ground.wires, ground.lifeline, watch
-        self._status: Status | None = None
+        self._status: StatusPages | None = None
         self._status_socket, self._channel = ground.status, ground.channel
         self._ahead = ground.ahead
         self._system: ActorSystem
@@ -102,7 +107,7 @@ class Server:
         self._culprit = Culprit(CULPRIT_S, self._fail)
         self._heard_of_it = threading.Event()  # another node has failed
         self._checked = False  # --check has finished its tests
-        self._pulse: Pulse | None = None
+        self._pulse: Heartbeats | None = None
         self._lost_groups: set[int] = set()  # that had processes on this node
         self._next_endpoint = len(boot.topology.endpoints)  # numbers are never reused
         self._replaced: deque[float] = deque()  # recent restarts of HTTP workers
@@ -189,7 +194,7 @@ class Server:
             access = Access(keys=config.api_key, tls=tls_context(config))
             pages: dict[str, Page] = {"/health": self._health, "/metrics": self._exposition}
             there = "this node answers /health and /metrics; requests go to node 0"
-            self._status = Status(pages, access, there)
+            self._status = StatusPages(pages, access, there)
             await self._status.open(sock)
 
     def _health(self) -> tuple[int, str, bytes]:
@@ -203,7 +208,7 @@ class Server:
         metrics = ServerMetrics(resolved.served_names[0], resolved.max_req_total_len)
         actors = [(a.name, a.depth, a.busy_s, a.take_longest()) for a in system.actors]
         counts = system.dead_letters, *system.counted(self._others())
-        metrics.update(State(), Process(actors, *counts))
+        metrics.update(StatsSnapshot(), ProcessCounters(actors, *counts))
         return 200, TEXT, metrics.exposition()
 
     def _others(self) -> tuple[int, int]:
@@ -216,12 +221,12 @@ class Server:
             strangers += self._lifeline.strangers
         return foreign, strangers
 
-    def _wire(self) -> Wire | None:
+    def _wire(self) -> TransportSettings | None:
         boot = self._boot
         if not boot.me.address:
             return None
         peers = {e.id: e.address for e in boot.topology.peers(boot.endpoint) if e.address}
-        return Wire(boot.me.address, Keys(*boot.keys), peers, boot.advertised)
+        return TransportSettings(boot.me.address, CurveKeys(*boot.keys), peers, boot.advertised)
 
     async def _load(self) -> Loaded:
         loop = asyncio.get_running_loop()
@@ -276,7 +281,7 @@ class Server:
         if self._children:
             means = replace(means, kill=self._children.kill_one)
         if self._boot.pulse_fd >= 0:
-            self._pulse = pulse = Pulse(self._boot.pulse_fd)
+            self._pulse = pulse = Heartbeats(self._boot.pulse_fd)
             means = replace(means, beat=pulse.beat, last_beat=pulse.last, note=pulse.note)
         means = replace(means, others=self._others)
         if self._channel is not None:
@@ -320,7 +325,7 @@ class Server:
     def _node_gone(self, node: int, why: str) -> None:
         if not self._system.over:  # otherwise all were told to end
             for group in sorted({rank.group for rank in self._boot.topology.on(node)}):
-                self._system.ref("watchdog").tell(GroupLost(group, why), urgent=True)
+                self._system.ref("watchdog").tell(GroupFailed(group, why), urgent=True)
 
     def _say_ready(self) -> None:
         boot = self._boot
@@ -397,7 +402,7 @@ class Server:
             self._children.kill_one(rank.id)
         if not self._boot.coordinates:
             logger.error("%s: group %d is lost", what, group)
-        self._system.at_coordinator("watchdog").tell(GroupLost(group, what), urgent=True)
+        self._system.at_coordinator("watchdog").tell(GroupFailed(group, what), urgent=True)
         return True
 
     def _replace(self, dead: Endpoint, what: str) -> None:
@@ -421,7 +426,7 @@ class Server:
             topology = self._system.topology.replaced(dead.id, by)
             self._start_child(by, topology)
             logger.error("%s: %s replaces it", what, topology.name(by.id))
-        self._system.ref("watchdog").tell(Replaced(dead.id, by), urgent=True)
+        self._system.ref("watchdog").tell(WorkerReplaced(dead.id, by), urgent=True)
 
     def _fail(self, code: int, reason: str) -> None:
         """End with ``code`` after notifying those who wait for answers. On the loop."""

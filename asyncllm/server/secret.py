@@ -18,7 +18,7 @@ from pathlib import Path
 import zmq
 from zmq.utils import z85
 
-from asyncllm.actors.transport import Keys
+from asyncllm.actors.transport import CurveKeys
 from asyncllm.config import Config
 from asyncllm.errors import StartupError
 
@@ -50,7 +50,7 @@ def cluster_keys(
     config: Config,
     purpose: bytes = NODES,
     hosts: Sequence[str] = ("nccl_host", "advertise_host"),
-) -> tuple[Keys, ...]:
+) -> tuple[CurveKeys, ...]:
     """Key pairs of --cluster_key_file, in its order; without a file, those for loopback.
 
     Args:
@@ -72,11 +72,11 @@ def cluster_keys(
     return (derive(NO_SECRET, purpose),)
 
 
-def derive(secret: bytes, purpose: bytes = NODES) -> Keys:
+def derive(secret: bytes, purpose: bytes = NODES) -> CurveKeys:
     """The key pair of a secret for one purpose; the same everywhere."""
     key = blake2b(key=secret, person=purpose, digest_size=32).digest()
     text = z85.encode(key)
-    return Keys(zmq.curve_public(text).decode(), text.decode())
+    return CurveKeys(zmq.curve_public(text).decode(), text.decode())
 
 
 def is_loopback(host: str) -> bool:

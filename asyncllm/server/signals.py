@@ -52,12 +52,12 @@ def end(code: int) -> NoReturn:
 
 
 def hold() -> None:
-    """Block the signals that :class:`Watch` handles until there is one. Call before threads
+    """Block the signals that :class:`SignalWatcher` handles until there is one. Call before threads
     start."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {SHOW, *_deadly()})
 
 
-class Watch:
+class SignalWatcher:
     """Handles signals in a separate thread, so that it works whatever the event loop does.
 
     SIGUSR1 writes the stacks of all threads and ``state`` to the log. In rank 0 all signals that

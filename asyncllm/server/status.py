@@ -22,7 +22,7 @@ TEXT, JSON = "text/plain; version=0.0.4; charset=utf-8", "application/json"
 Page = Callable[[], tuple[int, str, bytes]]  # status, type and body of an answer
 
 
-class Status:
+class StatusPages:
     """Serves a socket until it is closed.
 
     Args:

@@ -13,19 +13,19 @@ from functools import cache
 import torch
 import zmq
 
-from asyncllm.actors.kv_loop import Share
-from asyncllm.actors.kv_sender import Sender
-from asyncllm.actors.kv_taker import Door, Taker
+from asyncllm.actors.kv_receiver import KvListener, KvReceiver
+from asyncllm.actors.kv_sender import KvSender
+from asyncllm.actors.kv_thread import KvShard
 from asyncllm.actors.kv_transfer import KvTransfer
-from asyncllm.actors.transport import Keys, tcp
+from asyncllm.actors.transport import CurveKeys, tcp
 from asyncllm.config import Config, roles
 from asyncllm.core.windows import Window
-from asyncllm.engine import kv_ways
+from asyncllm.engine import kv_transports
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.kv_pages import KvBytes, warm_up
 from asyncllm.errors import StartupError
 from asyncllm.models.spec import AttentionSpec, ModelSpec, shard_heads
-from asyncllm.records import KvWire
+from asyncllm.records import KvWireFormat
 from asyncllm.server.cluster import meets_others
 from asyncllm.server.launch import Boot
 from asyncllm.server.secret import TRANSFER, cluster_keys
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 def refuse(boot: Boot, window: Window | None) -> None:
     """Raises StartupError: K/V cannot be moved in this format, or in the requested way."""
     config = boot.config
-    kv_ways.refuse(config.pd_trans_mode, torch.device(boot.resolved.device))
+    kv_transports.refuse(config.pd_trans_mode, torch.device(boot.resolved.device))
     if window is not None:
         raise StartupError(
             f"--run_mode {config.run_mode}: K/V of layers that see {window.size:,} tokens cannot "
@@ -44,12 +44,12 @@ def refuse(boot: Boot, window: Window | None) -> None:
         )
 
 
-def transfer_keys(config: Config) -> tuple[Keys, ...]:
+def transfer_keys(config: Config) -> tuple[CurveKeys, ...]:
     """Of the sockets on which K/V travel. Raises StartupError, see ``cluster_keys``."""
     return cluster_keys(config, TRANSFER, meets_others(config))
 
 
-def open_door(boot: Boot) -> Door | None:
+def open_door(boot: Boot) -> KvListener | None:
     """Where this rank of a decode node takes K/V; None: it is of a prefill node.
 
     Raises:
@@ -65,12 +65,12 @@ def open_door(boot: Boot) -> Door | None:
     try:
         if port > roles.MOST_PORT:
             raise zmq.ZMQError(errno.EINVAL, "there is no such port")
-        return Door(keys, host, port)
+        return KvListener(keys, host, port)
     except zmq.ZMQError as error:
         if given:
             raise StartupError(_cannot(host, port, error)) from None
     try:
-        return Door(keys, host, 0)
+        return KvListener(keys, host, 0)
     except zmq.ZMQError as error:
         raise StartupError(_cannot(host, 0, error)) from None
 
@@ -92,7 +92,9 @@ def _own(host: str) -> str:
     return str(address[0])
 
 
-def make_transfer(boot: Boot, spec: ModelSpec, engine: Engine, door: Door | None) -> KvTransfer:
+def make_transfer(
+    boot: Boot, spec: ModelSpec, engine: Engine, door: KvListener | None
+) -> KvTransfer:
     """The actor of this rank.
 
     Args:
@@ -106,7 +108,7 @@ def make_transfer(boot: Boot, spec: ModelSpec, engine: Engine, door: Door | None
     layout = engine.model.site.attention.layout
     kv = KvBytes(engine.kv, layout)
     heads = layout.heads(layout.layers[0])
-    wire = KvWire(
+    wire = KvWireFormat(
         format=" ".join(boot.resolved.kv_mode),
         dtype=boot.resolved.dtype,
         num_layers=len(spec.layers),
@@ -115,7 +117,7 @@ def make_transfer(boot: Boot, spec: ModelSpec, engine: Engine, door: Door | None
         latent=spec.layers[0].kind == "mla",
         tp=len(boot.group),
     )
-    share = Share(
+    share = KvShard(
         name=f"{boot.name} of {boot.cluster_host}:{config.port}",
         rank=me.group_rank,
         wire=wire,
@@ -124,12 +126,12 @@ def make_transfer(boot: Boot, spec: ModelSpec, engine: Engine, door: Door | None
     )
     size = config.pd_kv_page_size * kv.slot_bytes
     mode, num = config.pd_trans_mode, config.pd_kv_page_num
-    pages, ways = kv_ways.make_ways(mode, num, size, engine.device)
+    pages, ways = kv_transports.make_ways(mode, num, size, engine.device)
     warm_up(pages, kv, engine.num_slots)
     if door is None:
-        return KvTransfer(Sender(share, pages, ways, keys=transfer_keys(config)))
+        return KvTransfer(KvSender(share, pages, ways, keys=transfer_keys(config)))
     address = tcp(boot.cluster_host, door.port)
-    return KvTransfer(Taker(share, pages, ways, node=boot.incarnation, door=door), address)
+    return KvTransfer(KvReceiver(share, pages, ways, node=boot.incarnation, door=door), address)
 
 
 @cache

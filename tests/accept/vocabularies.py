@@ -31,8 +31,8 @@ from asyncllm.api.common.chat_template import ChatTemplate
 from asyncllm.api.common.tool_request import ToolChoice, ToolRequest, with_tools_in_prompt
 from asyncllm.api.parsing.events import Tool
 from asyncllm.api.parsing.tools import make_parser
-from asyncllm.templates import Chats, read_dialect, render
-from asyncllm.text import Text, load_tokenizer, with_controls
+from asyncllm.templates import TemplateSet, read_dialect, render
+from asyncllm.text import ModelTokenizer, load_tokenizer, with_controls
 
 HERE = Path(__file__).parent
 BAD = "\ufffd"
@@ -135,7 +135,7 @@ def _members(pin: dict[str, Any], archive: Path) -> Iterator[tuple[str, bytes]]:
 # -- what is checked -----------------------------------------------------------------------------
 
 
-def streamed(text: Text, ids: Sequence[int], skip: bool, rng: random.Random) -> str:
+def streamed(text: ModelTokenizer, ids: Sequence[int], skip: bool, rng: random.Random) -> str:
     """As the detokenizer goes: by groups, now and then anew behind what has been given.
 
     Not anew within a broken character: the U+FFFD of its beginning is that of the text before.
@@ -239,7 +239,7 @@ CHAT = [
 
 def chat(templates: dict[str, str], special: dict[str, str], expected: list[str]) -> str:
     """One template: what is found in it, and a conversation with a call through it."""
-    dialect, _ = read_dialect(Chats(templates, special))
+    dialect, _ = read_dialect(TemplateSet(templates, special))
     differs("format", [dialect.calls, dialect.spelling, dialect.reasoning], list(expected))
     offer = ToolRequest(ToolChoice("auto"), tuple(TOOLS))
     turns, listed = with_tools_in_prompt([dict(turn) for turn in CHAT], offer, dialect)
@@ -268,7 +268,7 @@ def check_forging(pin: dict[str, Any], below: Path) -> str:
     """No text of a user is a control token; texts without any have the ids that they always have."""
     text = with_controls(load_tokenizer(str(fetch(pin, below))))
     assert text.controls is not None
-    if read_dialect(Chats(text.templates, text.special_tokens, text.controls))[1]:
+    if read_dialect(TemplateSet(text.templates, text.special_tokens, text.controls))[1]:
         raise ValueError("the template loses marks")
     template = ChatTemplate(text.templates, text.special_tokens)
     controls = [

@@ -21,11 +21,11 @@ import pytest
 from asyncllm.actors.allocator import Allocator
 from asyncllm.actors.scheduler import Scheduler
 from asyncllm.codec import decode, encode, i32
-from asyncllm.constrain.factory import Constraints
+from asyncllm.constrain.factory import ConstraintFactory
 from asyncllm.constrain.protocol import Constraint, Path
 from asyncllm.core.radix import RadixNode, RadixTree
 from asyncllm.core.request import SamplingParams
-from asyncllm.core.siblings import Siblings
+from asyncllm.core.shared_prefixes import SharedPrefixIndex
 from asyncllm.core.slots import Ledger
 from asyncllm.core.speculation import Speculation, step_rows
 from asyncllm.core.step_times import StepSize, StepTimes
@@ -33,7 +33,7 @@ from asyncllm.core.window_radix import _is_unread
 from asyncllm.core.window_slots import WindowLedger
 from asyncllm.core.windows import Window
 from asyncllm.errors import RequestError
-from asyncllm.messages import Finished, StepDone, StepOver, StepPlan, StopHit, Submit, Tokens
+from asyncllm.messages import Finished, StepDone, StepFinished, StepPlan, StopHit, Submit, Tokens
 from asyncllm.records import Logprobs
 
 T = TypeVar("T")
@@ -378,7 +378,7 @@ def check_ledger(ledger: Ledger) -> None:
         check_siblings(ledger, ledger._siblings)
 
 
-def check_siblings(ledger: Ledger, siblings: Siblings) -> None:
+def check_siblings(ledger: Ledger, siblings: SharedPrefixIndex) -> None:
     """Any two lanes have in common what their slots say, and nobody else is named."""
     order, commons = list(siblings.order), list(siblings.commons)
     assert sorted(order) == sorted(lane for lane, held in ledger.lanes.items() if held.node)
@@ -539,7 +539,7 @@ class World:
             reader=reader,
             transfers=range(num_ranks),
             speculation=Eager(drafts, step_rows(num_lanes, drafts)) if drafts else None,
-            constrain=Constraints(
+            constrain=ConstraintFactory(
                 vocab, set(eos_ids), lambda kind, text: FakeConstraint(json.loads(text), vocab)
             ).of,
         )
@@ -619,7 +619,7 @@ class World:
         if key[0] == "device":
             done = self.pending.popleft().wait()
             for rank in range(self.num_ranks):
-                self.ref("kv_transfer", rank).tell(StepOver(done.step))
+                self.ref("kv_transfer", rank).tell(StepFinished(done.step))
             self.tell(done)
             return
         if key[0] == "thread":

@@ -6,11 +6,11 @@ from functools import partial
 
 from asyncllm import templates
 from asyncllm.api.common.chat_template import ChatTemplate
-from asyncllm.text import Text
+from asyncllm.text import ModelTokenizer
 
 
 class FakeRenderer:
-    def __init__(self, text: Text) -> None:
+    def __init__(self, text: ModelTokenizer) -> None:
         self._text = text
         self._template = ChatTemplate(text.templates, text.special_tokens)
         self.life: list[str] = []

@@ -13,29 +13,31 @@ from functools import partial
 from typing import Any
 
 from asyncllm.codec import i32
-from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.core.request import FinishReason, SamplingParams
 from asyncllm.messages import (
     Abort,
-    Arrived,
-    Begin,
-    Computed,
-    Export,
+    BeginDecode,
+    CancelTransfer,
+    ExportKv,
     Finished,
-    Forget,
-    Import,
-    Lapsed,
-    Placed,
-    Sent,
-    StepOver,
+    ImportKv,
+    ImportPlaced,
+    KvArrived,
+    KvComputed,
+    KvSent,
+    StepFinished,
     StopHit,
     Submit,
     Tokens,
+    TransferFailed,
 )
-from asyncllm.records import Destination, KvWire
+from asyncllm.records import KvDestination, KvWireFormat
 from tests.actors.fake_device import World
 
 RANKS = 2
-WIRE = KvWire(format="plain", dtype="fp32", num_layers=1, num_heads=RANKS, head_bytes=8, tp=RANKS)
+WIRE = KvWireFormat(
+    format="plain", dtype="fp32", num_layers=1, num_heads=RANKS, head_bytes=8, tp=RANKS
+)
 
 
 @dataclass
@@ -53,9 +55,9 @@ class FakeRank:
     world: World
     rank: int
     over: int = 0
-    exports: dict[int, Destination] = field(default_factory=dict)
-    computed: dict[tuple[int, int], Computed] = field(default_factory=dict)  # not sent yet
-    imports: dict[int, Import] = field(default_factory=dict)
+    exports: dict[int, KvDestination] = field(default_factory=dict)
+    computed: dict[tuple[int, int], KvComputed] = field(default_factory=dict)  # not sent yet
+    imports: dict[int, ImportKv] = field(default_factory=dict)
     missing: dict[int, set[int]] = field(default_factory=dict)  # positions, by epoch
     seqs: dict[int, int] = field(default_factory=dict)  # the next one, by rid
     left: dict[int, int] = field(default_factory=dict)  # positions to be sent, by rid
@@ -68,16 +70,16 @@ class FakeRank:
     def receive(self, batch: list[Any]) -> None:
         for msg in batch:
             match msg:
-                case StepOver(step):
+                case StepFinished(step):
                     assert step == self.over + 1
                     self.over = step
-                case Export(rid, to):
+                case ExportKv(rid, to):
                     assert rid not in self.exports
                     self.exports[rid] = to
                     self.left[rid] = to.length - to.hit
-                case Computed():
+                case KvComputed():
                     self._computed(msg)
-                case Import():
+                case ImportKv():
                     assert msg.rid not in self.imports
                     self.imports[msg.rid] = msg
                     mine = range(msg.hit, msg.length)
@@ -87,14 +89,14 @@ class FakeRank:
                     pages, self.early = self.early, []
                     for page in pages:
                         self.take(page)
-                case Forget(rid):
+                case CancelTransfer(rid):
                     self._forget(rid)
                 case _:
                     raise AssertionError(msg)
 
-    def _computed(self, msg: Computed) -> None:
+    def _computed(self, msg: KvComputed) -> None:
         if (to := self.exports.get(msg.rid)) is None:
-            self.say(Sent(rid=msg.rid, rank=self.rank, seq=msg.seq))
+            self.say(KvSent(rid=msg.rid, rank=self.rank, seq=msg.seq))
             return
         assert to.hit <= msg.start < msg.start + len(msg.slots) <= to.length
         assert msg.seq == self.seqs.get(msg.rid, 0)
@@ -105,10 +107,10 @@ class FakeRank:
         if self.exports.pop(rid, None) is not None:
             for key in [key for key in self.computed if key[0] == rid]:
                 del self.computed[key]
-                self.say(Sent(rid=rid, rank=self.rank, seq=key[1]))
+                self.say(KvSent(rid=rid, rank=self.rank, seq=key[1]))
         if self.imports.pop(rid, None) is not None:
             del self.missing[rid]
-            self.say(Lapsed(rid, self.rank))
+            self.say(TransferFailed(rid, self.rank))
 
     def sendable(self) -> list[tuple[int, int]]:
         return [key for key, msg in self.computed.items() if msg.step <= self.over]
@@ -126,7 +128,7 @@ class FakeRank:
         self.left[msg.rid] -= len(msg.slots)
         if not self.left[msg.rid]:
             del self.exports[msg.rid]
-        self.say(Sent(rid=msg.rid, rank=self.rank, seq=msg.seq))
+        self.say(KvSent(rid=msg.rid, rank=self.rank, seq=msg.seq))
         return self.rank, Page(to.epoch, entries)
 
     def read(self, slot: int, position: int) -> Any:
@@ -157,12 +159,12 @@ class FakeRank:
     def finish(self, epoch: int) -> None:
         if not self.missing[epoch]:
             del self.imports[epoch], self.missing[epoch]
-            self.say(Arrived(epoch, self.rank))
+            self.say(KvArrived(epoch, self.rank))
 
     def lapse(self, epoch: int) -> None:
         """Of its own accord."""
         del self.imports[epoch], self.missing[epoch]
-        self.say(Lapsed(epoch, self.rank, "nothing comes"))
+        self.say(TransferFailed(epoch, self.rank, "nothing comes"))
 
 
 def in_tree(world: World) -> Iterable[int]:
@@ -250,15 +252,15 @@ class Pair:
     def abort(self, client: Client) -> None:
         if client.end is None:
             self.drop(client)
-            client.end = Finished(0, Reason.ABORT)
+            client.end = Finished(0, FinishReason.ABORT)
 
     def heard(self, world: World, msg: Any) -> None:
         match msg:
-            case Placed():
+            case ImportPlaced():
                 assert world is self.d
                 client = self.of[id(world), msg.rid]
                 if client.there == msg.rid:
-                    to = Destination(
+                    to = KvDestination(
                         node="d", epoch=msg.rid, hit=msg.hit, length=msg.length,
                         addresses=("",) * RANKS, wire=WIRE,
                     )  # fmt: skip
@@ -298,8 +300,8 @@ class Pair:
             return
         if world is self.p:
             client.here = -1
-            if end.reason is Reason.MOVED:
-                self.d.tell(Begin(client.there, client.tokens[-1]), urgent=True)
+            if end.reason is FinishReason.MOVED:
+                self.d.tell(BeginDecode(client.there, client.tokens[-1]), urgent=True)
                 return
         else:
             client.there = -1

@@ -11,19 +11,19 @@ import json
 import sys
 from array import array
 
-from asyncllm.actors.kv_loop import Times
-from asyncllm.actors.kv_taker import Taker
-from asyncllm.actors.transport import Keys
+from asyncllm.actors.kv_receiver import KvReceiver
+from asyncllm.actors.kv_thread import TransferTimeouts
+from asyncllm.actors.transport import CurveKeys
 from asyncllm.codec import Message
-from asyncllm.messages import Computed, Export, Import, StepOver
-from asyncllm.records import Destination
+from asyncllm.messages import ExportKv, ImportKv, KvComputed, StepFinished
+from asyncllm.records import KvDestination
 from tests.actors.kv_rig import NODE, NUM_SLOTS, Rank, Size, sender, taker
 
 SEED = 77_000
 ALL = array("i", range(NUM_SLOTS))
 # nobody here is impatient; a sender gives no signs of life between what happens
-SENDING = Times(alive_s=60.0, lapse_s=60.0, first_s=60.0)
-TAKING = Times(alive_s=0.2, lapse_s=60.0, first_s=60.0)
+SENDING = TransferTimeouts(alive_s=60.0, lapse_s=60.0, first_s=60.0)
+TAKING = TransferTimeouts(alive_s=0.2, lapse_s=60.0, first_s=60.0)
 
 
 def write(line: str) -> None:
@@ -36,21 +36,21 @@ def say(batch: list[Message]) -> None:
         write(f"told {type(msg).__name__} {getattr(msg, 'rid', -1)}")
 
 
-def make(role: str, way: str, size: Size, keys: Keys) -> Rank:
+def make(role: str, way: str, size: Size, keys: CurveKeys) -> Rank:
     rank = Rank(0, 1, SEED, size)
     if role == "sender":
         sender(rank, [way], SENDING, [keys])
     else:
         taker(rank, [way], TAKING, keys)
     rank.mover.start(say, lambda error: write(f"failed {error!r}"))
-    if isinstance(rank.mover, Taker):
+    if isinstance(rank.mover, KvReceiver):
         write(f"port {rank.mover.port}")
     return rank
 
 
 def main() -> None:
     told = json.loads(sys.stdin.readline())
-    keys, size = Keys(*told["keys"]), Size(*told["size"])
+    keys, size = CurveKeys(*told["keys"]), Size(*told["size"])
     rank: Rank | None = None
     for line in sys.stdin:
         match json.loads(line):
@@ -60,14 +60,14 @@ def main() -> None:
                 rank = make(role, way, size, keys)
             case ["export", rid, epoch, port] if rank is not None:
                 address, wire = f"tcp://127.0.0.1:{port}", rank.share.wire
-                to = Destination(
+                to = KvDestination(
                     node=NODE, epoch=epoch, hit=0, length=NUM_SLOTS, addresses=(address,), wire=wire
                 )
-                rank.mover.put([Export(rid, to)])
-                rank.mover.put([Computed(rid=rid, seq=0, step=1, start=0, slots=ALL)])
-                rank.mover.put([StepOver(1)])
+                rank.mover.put([ExportKv(rid, to)])
+                rank.mover.put([KvComputed(rid=rid, seq=0, step=1, start=0, slots=ALL)])
+                rank.mover.put([StepFinished(1)])
             case ["import", epoch] if rank is not None:
-                rank.mover.put([Import(epoch, 0, NUM_SLOTS, ALL)])
+                rank.mover.put([ImportKv(epoch, 0, NUM_SLOTS, ALL)])
             case "slots" if rank is not None:
                 write(f"slots {hashlib.sha256(b''.join(rank.slots())).hexdigest()}")
 

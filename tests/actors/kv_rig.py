@@ -9,28 +9,36 @@ from time import monotonic
 
 import torch
 
-from asyncllm.actors.kv_loop import Mover, Share, Times
-from asyncllm.actors.kv_sender import Sender
-from asyncllm.actors.kv_taker import Door, Taker
-from asyncllm.actors.transport import Keys
+from asyncllm.actors.kv_receiver import KvListener, KvReceiver
+from asyncllm.actors.kv_sender import KvSender
+from asyncllm.actors.kv_thread import KvShard, TransferThread, TransferTimeouts
+from asyncllm.actors.transport import CurveKeys
 from asyncllm.codec import Message
 from asyncllm.core.windows import PerSpace
 from asyncllm.engine.kv_pages import CpuPages, CudaPages, KvBytes, as_bytes
 from asyncllm.engine.kv_pair import gloo_pair
-from asyncllm.engine.kv_ways import P2P, TCP, Ways, make_ways
-from asyncllm.messages import Arrived, Computed, Export, Import, Lapsed, Sent, StepOver
+from asyncllm.engine.kv_transports import P2P, TCP, KvTransports, make_ways
+from asyncllm.messages import (
+    ExportKv,
+    ImportKv,
+    KvArrived,
+    KvComputed,
+    KvSent,
+    StepFinished,
+    TransferFailed,
+)
 from asyncllm.models.attention import KvPairs, LayerKv
 from asyncllm.models.spec import AttentionSpec, shard_heads
-from asyncllm.records import Destination, KvWire
+from asyncllm.records import KvDestination, KvWireFormat
 
 CPU = torch.device("cpu")
 NODE = "0123456789abcdef"
-KEYS = Keys.make()
+KEYS = CurveKeys.make()
 SPEC = AttentionSpec(
     kind="gqa", num_q_heads=8, num_kv_heads=4, head_dim=8, v_dim=8, scale=1.0, rope=None
 )
 NUM_LAYERS, NUM_SLOTS = 2, 64
-WIRE = KvWire(format="", dtype="bf16", num_layers=NUM_LAYERS, num_heads=4, head_bytes=32)
+WIRE = KvWireFormat(format="", dtype="bf16", num_layers=NUM_LAYERS, num_heads=4, head_bytes=32)
 WAIT_S = 30.0  # far more than anything here takes on a loaded machine
 
 
@@ -58,10 +66,10 @@ class Rank:
         for x in (x for layer in self.kv for x in layer):
             as_bytes(x).random_(256, generator=noise)
         self.rank, self.heads, self.size = rank, held(tp)[0][rank], size
-        wire = KvWire(**{**_plain(WIRE), "tp": tp})
-        self.share = Share(f"rank {rank}", rank, wire, KvBytes(self.kv, layout), held)
+        wire = KvWireFormat(**{**_plain(WIRE), "tp": tp})
+        self.share = KvShard(f"rank {rank}", rank, wire, KvBytes(self.kv, layout), held)
         self.told: list[Message] = []
-        self.mover: Mover
+        self.mover: TransferThread
 
     def row(self, slot: int, head: int) -> bytes:
         """K and V of all layers, of one head of the whole model."""
@@ -76,27 +84,29 @@ class Rank:
         return [b"".join(t[i].numpy().tobytes() for t in tensors) for i in range(NUM_SLOTS)]
 
 
-def _plain(wire: KvWire) -> dict[str, object]:
-    return {name: getattr(wire, name) for name in KvWire.__slots__}
+def _plain(wire: KvWireFormat) -> dict[str, object]:
+    return {name: getattr(wire, name) for name in KvWireFormat.__slots__}
 
 
-def means(rank: Rank, names: Sequence[str]) -> tuple[CpuPages | CudaPages, Ways]:
+def means(rank: Rank, names: Sequence[str]) -> tuple[CpuPages | CudaPages, KvTransports]:
     """Pages of a rank, and its ways; nccl is over gloo."""
     mode, size = P2P if P2P in names else TCP, rank.size
     pages, ways = make_ways(mode, size.pages, size.tokens * rank.share.kv.slot_bytes, CPU)
     return pages, replace(ways, names=tuple(names), timeout_s=WAIT_S, backend=gloo_pair)
 
 
-def sender(rank: Rank, names: Sequence[str], times: Times, keys: Sequence[Keys]) -> None:
+def sender(
+    rank: Rank, names: Sequence[str], times: TransferTimeouts, keys: Sequence[CurveKeys]
+) -> None:
     """Give a rank what sends its K/V."""
-    rank.mover = Sender(rank.share, *means(rank, names), times, keys=keys)
+    rank.mover = KvSender(rank.share, *means(rank, names), times, keys=keys)
     rank.mover.post = rank.told.extend
 
 
-def taker(rank: Rank, names: Sequence[str], times: Times, keys: Keys) -> None:
+def taker(rank: Rank, names: Sequence[str], times: TransferTimeouts, keys: CurveKeys) -> None:
     """Give a rank what takes K/V for it."""
-    door = Door(keys, "127.0.0.1", 0)
-    rank.mover = Taker(rank.share, *means(rank, names), times, node=NODE, door=door)
+    door = KvListener(keys, "127.0.0.1", 0)
+    rank.mover = KvReceiver(rank.share, *means(rank, names), times, node=NODE, door=door)
     rank.mover.post = rank.told.extend
 
 
@@ -109,10 +119,10 @@ class Rig:
         names: tuple[Sequence[str], Sequence[str]] = (("tcp",), ("tcp",)),
         *,
         size: Size = Size(),
-        times: Times | None = None,
-        keys: Sequence[Keys] = (KEYS,),
+        times: TransferTimeouts | None = None,
+        keys: Sequence[CurveKeys] = (KEYS,),
     ) -> None:
-        times = times or Times(lapse_s=WAIT_S, first_s=WAIT_S)
+        times = times or TransferTimeouts(lapse_s=WAIT_S, first_s=WAIT_S)
         self.senders = [Rank(i, tps[0], 0, size) for i in range(tps[0])]
         self.takers = [Rank(i, tps[1], 1000, size) for i in range(tps[1])]
         for rank in self.senders:
@@ -121,16 +131,16 @@ class Rig:
             taker(rank, names[1], times, KEYS)
 
     @property
-    def movers(self) -> list[Mover]:
+    def movers(self) -> list[TransferThread]:
         return [rank.mover for rank in [*self.senders, *self.takers]]
 
-    def to(self, epoch: int, hit: int, length: int, node: str = NODE) -> Destination:
+    def to(self, epoch: int, hit: int, length: int, node: str = NODE) -> KvDestination:
         addresses = []
         for rank in self.takers:
-            assert isinstance(rank.mover, Taker)
+            assert isinstance(rank.mover, KvReceiver)
             addresses.append(f"tcp://127.0.0.1:{rank.mover.port}")
         wire = self.takers[0].share.wire
-        return Destination(
+        return KvDestination(
             node=node, epoch=epoch, hit=hit, length=length, addresses=tuple(addresses), wire=wire
         )
 
@@ -138,44 +148,46 @@ class Rig:
         """The decode node waits, the prefill node knows: nothing is computed yet."""
         length = hit + len(slots)
         for rank in self.takers:
-            rank.mover.put([Import(epoch, hit, length, slots)])
+            rank.mover.put([ImportKv(epoch, hit, length, slots)])
         for rank in self.senders:
-            rank.mover.put([Export(rid, self.to(epoch, hit, length))])
+            rank.mover.put([ExportKv(rid, self.to(epoch, hit, length))])
 
     def computed(self, rid: int, seq: int, start: int, slots: array[int]) -> None:
         """A chunk, and its step is over."""
-        msg = Computed(rid=rid, seq=seq, step=seq + 1, start=start, slots=slots)
+        msg = KvComputed(rid=rid, seq=seq, step=seq + 1, start=start, slots=slots)
         for rank in self.senders:
-            rank.mover.put([msg, StepOver(seq + 1)])
+            rank.mover.put([msg, StepFinished(seq + 1)])
 
-    def until(self, met: Callable[[], bool], movers: Sequence[Mover] | None = None) -> None:
+    def until(
+        self, met: Callable[[], bool], movers: Sequence[TransferThread] | None = None
+    ) -> None:
         """Turn after turn."""
         end = monotonic() + WAIT_S
         while not met():
             assert monotonic() < end, [rank.told for rank in [*self.senders, *self.takers]]
             self.turns(1, movers)
 
-    def turns(self, num: int, movers: Sequence[Mover] | None = None) -> None:
+    def turns(self, num: int, movers: Sequence[TransferThread] | None = None) -> None:
         for _ in range(num):
             for mover in movers if movers is not None else self.movers:
                 wait_ms = mover.turn(1)
                 assert wait_ms == 0 or mover.copies.idle, "a copy would wait for the next noise"
 
     def arrived(self, epoch: int) -> bool:
-        return all(Arrived(epoch, rank.rank) in rank.told for rank in self.takers)
+        return all(KvArrived(epoch, rank.rank) in rank.told for rank in self.takers)
 
     def lapsed(self, epoch: int) -> list[str]:
         return [
             msg.why
             for rank in self.takers
             for msg in rank.told
-            if isinstance(msg, Lapsed) and msg.rid == epoch
+            if isinstance(msg, TransferFailed) and msg.rid == epoch
         ]
 
     def sent(self, rid: int) -> list[list[int]]:
         """Of each rank."""
         return [
-            sorted(msg.seq for msg in rank.told if isinstance(msg, Sent) and msg.rid == rid)
+            sorted(msg.seq for msg in rank.told if isinstance(msg, KvSent) and msg.rid == rid)
             for rank in self.senders
         ]
 

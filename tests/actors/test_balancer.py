@@ -14,24 +14,24 @@ from asyncllm.actors.balancer import Balancer
 from asyncllm.actors.base import Actor
 from asyncllm.actors.system import ActorSystem
 from asyncllm.codec import INT64, i32
-from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.core.request import FinishReason, SamplingParams
 from asyncllm.messages import (
     FRONTEND_SHIFT,
     Abort,
-    Again,
-    Begin,
-    Compile,
+    BeginDecode,
+    CompileGrammar,
+    EndpointGone,
     Finished,
-    Gone,
-    GroupGone,
-    Orphaned,
-    Progress,
+    GroupProgress,
+    GroupRemoved,
+    RequestsOrphaned,
+    ResubmitRequests,
     StopHit,
     Submit,
 )
 from asyncllm.topology import Topology
 
-COMPILE = Compile(endpoint=0, job=3, kind="regex", text="a")
+COMPILE = CompileGrammar(endpoint=0, job=3, kind="regex", text="a")
 
 
 class Sink(Actor[Any]):
@@ -93,8 +93,8 @@ def submit(rid: int, **more: Any) -> Submit:
 def test_what_is_said_about_a_request_follows_it() -> None:
     async def script(office: Office) -> None:
         first, second = submit(1), submit(2)
-        assert await office.tell(first, second, Begin(2, 7), Abort(2), StopHit(1, 3)) == [
-            (1, "scheduler", second), (1, "scheduler", Begin(2, 7)),  # at once
+        assert await office.tell(first, second, BeginDecode(2, 7), Abort(2), StopHit(1, 3)) == [
+            (1, "scheduler", second), (1, "scheduler", BeginDecode(2, 7)),  # at once
             (1, "scheduler", Abort(2)),
             (0, "scheduler", first), (0, "scheduler", StopHit(1, 3)),
         ]  # fmt: skip
@@ -105,7 +105,7 @@ def test_what_is_said_about_a_request_follows_it() -> None:
 def test_what_is_said_about_others_goes_nowhere() -> None:
     async def script(office: Office) -> None:
         await office.tell(submit(1), submit(2))
-        ended = Progress(0, ended=_rids(1))
+        ended = GroupProgress(0, ended=_rids(1))
         assert await office.tell(ended, Abort(1), StopHit(1, 2), Abort(99)) == []
         assert office.balancer.core.num_requests == [0, 1]
 
@@ -122,7 +122,7 @@ def test_a_request_that_is_there_already_is_no_request() -> None:
 
 def test_requests_that_run_weigh_less_than_those_that_wait() -> None:
     async def script(office: Office) -> None:
-        await office.tell(submit(1), submit(2), Progress(1, begun=_rids(2)))
+        await office.tell(submit(1), submit(2), GroupProgress(1, begun=_rids(2)))
         ((endpoint, _, _),) = await office.tell(submit(3))
         assert endpoint == 1, "it would have been the other one's turn"
 
@@ -133,7 +133,7 @@ def test_requests_of_a_process_that_has_gone_are_forgotten_and_late_ones_ignored
     async def script(office: Office) -> None:
         theirs = 5 << FRONTEND_SHIFT
         await office.tell(submit(1), submit(theirs), submit(theirs + 1))
-        assert await office.tell(Gone(5), Abort(theirs), submit(theirs + 2)) == []
+        assert await office.tell(EndpointGone(5), Abort(theirs), submit(theirs + 2)) == []
         assert office.balancer.core.num_requests == [1, 0]
 
     play(script)
@@ -169,23 +169,25 @@ def test_what_a_lost_group_had_goes_to_others_if_nothing_of_it_has_come() -> Non
         theirs = 5 << FRONTEND_SHIFT  # of another process that serves HTTP
         begun, fresh, aborted = submit(2), submit(4), submit(theirs)
         await office.tell(submit(1), begun, submit(3), fresh, submit(5), aborted)
-        assert await office.tell(GroupGone(1, 1, "it was killed")) == [
-            (5, "detokenizer", Orphaned(_rids(theirs), "it was killed")),
-            (0, "detokenizer", Orphaned(_rids(2, 4), "it was killed")),
+        assert await office.tell(GroupRemoved(1, 1, "it was killed")) == [
+            (5, "detokenizer", RequestsOrphaned(_rids(theirs), "it was killed")),
+            (0, "detokenizer", RequestsOrphaned(_rids(2, 4), "it was killed")),
         ]
         assert await office.tell(StopHit(4, 1), Abort(theirs)) == [
-            (5, "detokenizer", Finished(theirs, Reason.ABORT))
+            (5, "detokenizer", Finished(theirs, FinishReason.ABORT))
         ]
-        assert await office.tell(Again(_rids(theirs), _rids()), Again(_rids(4), _rids(2))) == [
-            (0, "scheduler", fresh)
-        ]
+        assert await office.tell(
+            ResubmitRequests(_rids(theirs), _rids()), ResubmitRequests(_rids(4), _rids(2))
+        ) == [(0, "scheduler", fresh)]
         # what the lost group says counts no more, and nothing goes there
-        told = await office.tell(Progress(1, ended=_rids(4)), Abort(4), submit(6), COMPILE)
+        told = await office.tell(GroupProgress(1, ended=_rids(4)), Abort(4), submit(6), COMPILE)
         assert told == [
             (0, "scheduler", Abort(4)), (0, "scheduler", submit(6)), (0, "grammar", COMPILE)
         ]  # fmt: skip
         assert office.balancer.core.num_requests == [5, 0]
-        assert await office.tell(Again(_rids(2, 4), _rids())) == [], "it was said already"
+        assert await office.tell(ResubmitRequests(_rids(2, 4), _rids())) == [], (
+            "it was said already"
+        )
 
     play(script)
 
@@ -193,7 +195,7 @@ def test_what_a_lost_group_had_goes_to_others_if_nothing_of_it_has_come() -> Non
 @pytest.mark.parametrize("policy", ["cache_aware", "bs_balancer", "round_robin"])
 def test_no_policy_chooses_a_lost_group(policy: str) -> None:
     async def script(office: Office) -> None:
-        await office.tell(GroupGone(1, 1, ""))
+        await office.tell(GroupRemoved(1, 1, ""))
         told = await office.tell(*(submit(i) for i in range(8)))
         assert {endpoint for endpoint, _, _ in told} == {0}
 
@@ -204,7 +206,7 @@ def test_orphans_of_a_process_that_has_gone_are_not_begun_again() -> None:
     async def script(office: Office) -> None:
         theirs = 5 << FRONTEND_SHIFT
         await office.tell(submit(1), submit(theirs))
-        await office.tell(GroupGone(1, 1, ""))
-        assert await office.tell(Gone(5), Again(_rids(theirs), _rids())) == []
+        await office.tell(GroupRemoved(1, 1, ""))
+        assert await office.tell(EndpointGone(5), ResubmitRequests(_rids(theirs), _rids())) == []
 
     play(script)

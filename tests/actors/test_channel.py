@@ -17,45 +17,45 @@ import zmq.asyncio
 from asyncllm.actors import channel as channels
 from asyncllm.actors.base import Actor
 from asyncllm.actors.channel import FIRST_PEER, Channel
-from asyncllm.actors.peers import (
-    Beat,
-    Bye,
-    Card,
-    Greeting,
+from asyncllm.actors.peer_messages import (
+    PeerGoodbye,
+    PeerHeartbeat,
+    PeerHello,
+    PeerInfo,
     PeerJoined,
     PeerLeft,
+    PeerMessage,
     PeerRefused,
-    Received,
 )
 from asyncllm.actors.system import ActorSystem
-from asyncllm.actors.transport import Keys, frame_head, known_to
+from asyncllm.actors.transport import CurveKeys, frame_head, known_to
 from asyncllm.codec import Message, decode, encode, protocol
 from asyncllm.errors import StartupError
-from asyncllm.messages import Gone, Halt
+from asyncllm.messages import EndpointGone, Halt
 from tests.actors.test_transport import run
 
-KEYS = Keys.make()
+KEYS = CurveKeys.make()
 FACTS = (("model", "m1"), ("tokenizer", "t1"), ("max_req_total_len", "2048"))
 DEAD_AFTER_S = 4.0
 WAIT_S = 15.0
 
 
-class Owner(Actor[Received | PeerJoined | PeerLeft | PeerRefused]):
+class Owner(Actor[PeerMessage | PeerJoined | PeerLeft | PeerRefused]):
     """Keeps what it is told."""
 
-    foreign = frozenset({Gone})
+    foreign = frozenset({EndpointGone})
 
     def __init__(self) -> None:
         super().__init__("owner")
-        self.got: list[Received] = []
+        self.got: list[PeerMessage] = []
         self.joined: list[PeerJoined] = []
         self.left: list[PeerLeft] = []
         self.refused: list[PeerRefused] = []
 
-    def receive(self, batch: list[Received | PeerJoined | PeerLeft | PeerRefused]) -> None:
+    def receive(self, batch: list[PeerMessage | PeerJoined | PeerLeft | PeerRefused]) -> None:
         for msg in batch:
             match msg:
-                case Received():
+                case PeerMessage():
                     self.got.append(msg)
                 case PeerJoined():
                     self.joined.append(msg)
@@ -65,17 +65,17 @@ class Owner(Actor[Received | PeerJoined | PeerLeft | PeerRefused]):
                     self.refused.append(msg)
 
     def possible(self, msg: Message) -> bool:
-        return not (isinstance(msg, Received) and msg.msg == Gone(66_666))
+        return not (isinstance(msg, PeerMessage) and msg.msg == EndpointGone(66_666))
 
     @property
     def numbers(self) -> list[int]:
-        return [each.msg.endpoint for each in self.got if isinstance(each.msg, Gone)]
+        return [each.msg.endpoint for each in self.got if isinstance(each.msg, EndpointGone)]
 
 
 class End:
     """One server with an end of the channel."""
 
-    def __init__(self, card: Card, *keys: Keys) -> None:
+    def __init__(self, card: PeerInfo, *keys: CurveKeys) -> None:
         self.channel = Channel(card, keys or (KEYS,), DEAD_AFTER_S)
         self.system, self.owner = ActorSystem(), Owner()
         self.system.add(self.owner)
@@ -86,11 +86,11 @@ class End:
         return self.owner.joined[-1].peer
 
     def tell(self, number: int, name: str = "owner") -> None:
-        self.system.ref(name, self.peer).tell(Gone(number))
+        self.system.ref(name, self.peer).tell(EndpointGone(number))
 
 
-def a_card(role: str = "prefill", **changes: object) -> Card:
-    return replace(Card(role=role, name=f"{role}.example:1", facts=FACTS), **changes)  # type: ignore[arg-type]
+def a_card(role: str = "prefill", **changes: object) -> PeerInfo:
+    return replace(PeerInfo(role=role, name=f"{role}.example:1", facts=FACTS), **changes)  # type: ignore[arg-type]
 
 
 @asynccontextmanager
@@ -115,7 +115,7 @@ class Raw:
 
     open: ClassVar[list[Raw]] = []
 
-    def __init__(self, port: int, keys: Keys = KEYS) -> None:
+    def __init__(self, port: int, keys: CurveKeys = KEYS) -> None:
         self.open.append(self)
         self.ctx = zmq.asyncio.Context()
         self.sock = self.ctx.socket(zmq.DEALER)
@@ -135,9 +135,9 @@ class Raw:
                 if frame.startswith(head) and isinstance(msg := decode(frame[len(head) :]), kind):
                     return msg
 
-    async def greet(self, card: Card) -> Message:
-        await self.say(Greeting(card))
-        return await self.hears(Greeting)
+    async def greet(self, card: PeerInfo) -> Message:
+        await self.say(PeerHello(card))
+        return await self.hears(PeerHello)
 
     def close(self) -> None:
         self.ctx.destroy(0)
@@ -231,8 +231,8 @@ def test_another_version_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> 
         async with running(one):
             raw = Raw(one.channel.port)
             await raw.sock.send(frame_head("#other", True) + b"whatever it means there")
-            bye = await raw.hears(Bye)
-            assert bye == Bye(f"its protocol is 'other', ours {protocol()!r}", True)
+            bye = await raw.hears(PeerGoodbye)
+            assert bye == PeerGoodbye(f"its protocol is 'other', ours {protocol()!r}", True)
         assert one.owner.joined == []
 
     run(go())
@@ -242,7 +242,7 @@ MALFORMED = {
     "noise": b"\x00\x01\x02",
     "no message": frame_head("owner", False) + b"\xc1",
     "a message that the actor does not take": frame_head("owner", False) + encode(Halt()),
-    "a message that nobody can mean": frame_head("owner", False) + encode(Gone(66_666)),
+    "a message that nobody can mean": frame_head("owner", False) + encode(EndpointGone(66_666)),
     "a second greeting": None,  # its protocol is known when all messages have been imported
 }
 
@@ -251,7 +251,7 @@ MALFORMED = {
 def test_a_malformed_message_of_a_peer_ends_its_connection_and_nothing_else(
     bad: bytes | None,
 ) -> None:
-    greeting = frame_head(f"#{protocol()}", True) + encode(Greeting(a_card()))
+    greeting = frame_head(f"#{protocol()}", True) + encode(PeerHello(a_card()))
 
     async def go() -> None:
         one, other = hub(), End(a_card())
@@ -261,11 +261,13 @@ def test_a_malformed_message_of_a_peer_ends_its_connection_and_nothing_else(
             peer = one.peer
             raw = Raw(one.channel.port)
             await raw.greet(a_card("decode"))
-            await raw.sock.send(frame_head("owner", False) + encode(Gone(1)))
+            await raw.sock.send(frame_head("owner", False) + encode(EndpointGone(1)))
             await until(lambda: one.owner.got)
             await raw.sock.send(greeting if bad is None else bad)
-            await raw.sock.send(frame_head("owner", False) + encode(Gone(2)))  # of nobody now
-            assert not (await raw.hears(Bye)).refused  # type: ignore[attr-defined]
+            await raw.sock.send(
+                frame_head("owner", False) + encode(EndpointGone(2))
+            )  # of nobody now
+            assert not (await raw.hears(PeerGoodbye)).refused  # type: ignore[attr-defined]
             await until(lambda: one.owner.left and one.channel.foreign_frames)
             assert one.owner.left[0].card.role == "decode"
             assert one.owner.left[0].why.startswith("it sends what is not possible: ")
@@ -283,12 +285,12 @@ def test_frames_of_those_who_have_not_said_who_they_are_are_dropped_and_counted(
         one = hub()
         async with running(one):
             raw = Raw(one.channel.port)
-            await raw.sock.send(frame_head("owner", False) + encode(Gone(1)))
-            await raw.say(Beat())
+            await raw.sock.send(frame_head("owner", False) + encode(EndpointGone(1)))
+            await raw.say(PeerHeartbeat())
             await until(lambda: one.system.foreign_frames == 2)
             assert one.owner.got == one.owner.joined == []
-            stranger = Raw(one.channel.port, Keys.make())
-            await stranger.say(Greeting(a_card()))
+            stranger = Raw(one.channel.port, CurveKeys.make())
+            await stranger.say(PeerHello(a_card()))
             await until(lambda: one.system.strangers)
             assert one.owner.joined == []
 
@@ -314,7 +316,7 @@ def test_who_is_killed_is_missed_at_once_and_who_is_stopped_after_half_of_the_ti
             assert loop.time() - began >= DEAD_AFTER_S / 2 - 0.1
             assert one.owner.left[1].card.role == "stopped"
             assert "(--dead_after)" in one.owner.left[1].why
-            await stopped.hears(Bye)  # when it reads again
+            await stopped.hears(PeerGoodbye)  # when it reads again
 
     run(go())
 
@@ -365,7 +367,11 @@ def test_a_call_that_is_cut_off_while_it_ends_does_not_keep_the_next_one_from_ge
 
 def test_each_secret_is_tried_and_a_wrong_one_finds_nobody() -> None:
     async def go() -> None:
-        one, both, wrong = hub(), End(a_card(), Keys.make(), KEYS), End(a_card(), Keys.make())
+        one, both, wrong = (
+            hub(),
+            End(a_card(), CurveKeys.make(), KEYS),
+            End(a_card(), CurveKeys.make()),
+        )
         for end in (both, wrong):
             end.channel.dial("127.0.0.1", one.channel.port)
         async with running(one, both, wrong):
@@ -392,7 +398,7 @@ def test_a_name_that_leads_nowhere_is_looked_up_again(
     monkeypatch.setattr(uvloop.Loop, "getaddrinfo", lookup)
 
     async def go() -> None:
-        one, two = hub(), End(a_card(), Keys.make(), KEYS)
+        one, two = hub(), End(a_card(), CurveKeys.make(), KEYS)
         two.channel.dial("later.example", one.channel.port)
         async with running(one, two):
             await until(lambda: two.owner.joined)
@@ -422,7 +428,7 @@ def test_a_peer_that_does_not_read_is_dropped_and_blocks_nobody(
                     break
                 one.channel.send(deaf, "owner", False, body * 20_000)
             assert not one.channel.knows(deaf)
-            one.system.ref("owner", reads).tell(Gone(5))
+            one.system.ref("owner", reads).tell(EndpointGone(5))
             await until(lambda: other.owner.got)
             assert one.owner.left[0].why.startswith("it does not read: ")
 
@@ -437,7 +443,7 @@ def test_an_actor_that_is_overrun_costs_only_the_peer() -> None:
             raw = Raw(one.channel.port)
             await raw.greet(a_card("decode"))
             for i in range(50):  # one wake of the loop takes them all
-                await raw.sock.send(frame_head("owner", False) + encode(Gone(i)))
+                await raw.sock.send(frame_head("owner", False) + encode(EndpointGone(i)))
             await until(lambda: one.owner.left)
             assert one.owner.left[0].why.endswith("owner is overrun")
 

@@ -19,23 +19,23 @@ from asyncllm.actors.base import Actor
 from asyncllm.actors.detokenizer import LOOK_EVERY, Detokenizer
 from asyncllm.actors.system import ActorSystem
 from asyncllm.codec import i32, i64
-from asyncllm.core.request import Reason
+from asyncllm.core.request import FinishReason
 from asyncllm.messages import (
-    Again,
-    Delta,
     Finished,
-    GroupGone,
+    GroupRemoved,
     OpenTextStream,
-    Orphaned,
+    RequestsOrphaned,
+    ResubmitRequests,
     StopHit,
+    TextDelta,
     Tokens,
 )
 from asyncllm.records import Failure, Logprobs
-from asyncllm.text import Text, load_tokenizer
+from asyncllm.text import ModelTokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
+def text(tmp_path_factory: pytest.TempPathFactory) -> ModelTokenizer:
     """Byte-level, one id per byte and <eos>."""
     folder: Path = tmp_path_factory.mktemp("model")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -61,7 +61,7 @@ class Sink(Actor[Any]):
 
 
 def play(
-    text: Text, script: list[Any], *, finished: int, budget_s: float = 0.0005
+    text: ModelTokenizer, script: list[Any], *, finished: int, budget_s: float = 0.0005
 ) -> tuple[list[Any], list[Any]]:
     """What frontend and scheduler got. A ``list`` in the script arrives as one batch."""
     front: list[Any] = []
@@ -114,19 +114,19 @@ def tokens(
     return Tokens(1, i64(rids), i32(ids), bytes(ends or [0] * len(ids)), logprobs, prompt)
 
 
-def done(rid: int, num_tokens: int, reason: Reason = Reason.LENGTH) -> Finished:
+def done(rid: int, num_tokens: int, reason: FinishReason = FinishReason.LENGTH) -> Finished:
     return Finished(rid, reason, None, 1, num_tokens)
 
 
 def said(front: list[Any], rid: int) -> str:
-    return "".join(m.text for m in front if isinstance(m, Delta) and m.rid == rid)
+    return "".join(m.text for m in front if isinstance(m, TextDelta) and m.rid == rid)
 
 
-def healed(text: Text, prompt: str, again: str) -> OpenTextStream:
+def healed(text: ModelTokenizer, prompt: str, again: str) -> OpenTextStream:
     return OpenTextStream(7, text.encode(prompt, False), (), True, False, healed=again.encode())
 
 
-def test_what_a_prompt_says_already_is_neither_shown_nor_counted(text: Text) -> None:
+def test_what_a_prompt_says_already_is_neither_shown_nor_counted(text: ModelTokenizer) -> None:
     ids = list(text.encode("ünd ok", False))
     scores = Logprobs(chosen=array("f", [-1.5]))
     script = [
@@ -142,7 +142,7 @@ def test_what_a_prompt_says_already_is_neither_shown_nor_counted(text: Text) -> 
     assert "".join(p for d in deltas for p in d.pieces) == "d ok"
 
 
-def test_a_token_that_says_more_than_the_prompt_shows_the_rest(text: Text) -> None:
+def test_a_token_that_says_more_than_the_prompt_shows_the_rest(text: ModelTokenizer) -> None:
     long = replace(text, pieces=[*text.pieces])
     long.pieces[text.encode("x", False)[0]] = b"so"  # a token of two characters, for its length
     (token,) = text.encode("x", False)
@@ -152,7 +152,7 @@ def test_a_token_that_says_more_than_the_prompt_shows_the_rest(text: Text) -> No
     assert [len(d.ids) for d in front[:-1]] == [1, 1]
 
 
-def test_text_comes_token_by_token_and_finished_last(text: Text) -> None:
+def test_text_comes_token_by_token_and_finished_last(text: ModelTokenizer) -> None:
     ids = list(text.encode("hé", False))
     script = [follow(7), *[tokens([7], [i]) for i in ids], done(7, 3)]
     front, sched = play(text, script, finished=1)
@@ -164,14 +164,14 @@ def test_text_comes_token_by_token_and_finished_last(text: Text) -> None:
     assert sched == []
 
 
-def test_several_steps_in_one_turn_become_one_delta(text: Text) -> None:
+def test_several_steps_in_one_turn_become_one_delta(text: ModelTokenizer) -> None:
     ids = list(text.encode("abc", False))
     script = [[follow(1), *[tokens([1], [i]) for i in ids]], done(1, 3)]
     front, _ = play(text, script, finished=1)
     assert [(m.text, m.pieces) for m in front[:-1]] == [("abc", ("a", "b", "c"))]
 
 
-def test_unfinished_character_is_flushed_before_finished(text: Text) -> None:
+def test_unfinished_character_is_flushed_before_finished(text: ModelTokenizer) -> None:
     part = list(text.encode("é", False))[:1]
     front, _ = play(text, [[follow(1), tokens([1], part), done(1, 1)]], finished=1)
     assert [(m.text, m.pieces) for m in front[:-1]] == [("\ufffd", ("\ufffd",))]
@@ -180,28 +180,30 @@ def test_unfinished_character_is_flushed_before_finished(text: Text) -> None:
     assert isinstance(late[-1], Finished)
 
 
-def test_character_begun_in_the_prompt_is_finished(text: Text) -> None:
+def test_character_begun_in_the_prompt_is_finished(text: ModelTokenizer) -> None:
     first, second = text.encode("é", False)
     script = [follow(1, tail=i32([first])), tokens([1], [second]), done(1, 1)]
     front, _ = play(text, script, finished=1)
     assert said(front, 1) == "é"
 
 
-def test_ending_token_is_hidden_unless_asked_for(text: Text) -> None:
+def test_ending_token_is_hidden_unless_asked_for(text: ModelTokenizer) -> None:
     (a,), eos = text.encode("a", False), text.eos_id
     assert eos is not None
     script: list[Any] = [follow(1), follow(2, print_eos=True)]
     script += [tokens([1, 2], [a, a]), tokens([1, 2], [eos, eos], [1, 1])]
-    script += [done(1, 2, Reason.STOP), done(2, 2, Reason.STOP)]
+    script += [done(1, 2, FinishReason.STOP), done(2, 2, FinishReason.STOP)]
     front, _ = play(text, script, finished=2)
     assert said(front, 1) == "a"
     assert said(front, 2) == "a<eos>"
-    hidden = [m for m in front if isinstance(m, Delta) and m.rid == 1][-1]
+    hidden = [m for m in front if isinstance(m, TextDelta) and m.rid == 1][-1]
     assert (hidden.ids.tolist(), hidden.pieces) == ([eos], ("",))
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_what_ended_the_text_is_in_it_where_it_is_asked_for(text: Text, at_once: bool) -> None:
+def test_what_ended_the_text_is_in_it_where_it_is_asked_for(
+    text: ModelTokenizer, at_once: bool
+) -> None:
     ids = list(text.encode("one STOP two", False))
     (b,), eos = text.encode("b", False), text.eos_id
     assert eos is not None
@@ -211,14 +213,18 @@ def test_what_ended_the_text_is_in_it_where_it_is_asked_for(text: Text, at_once:
 
     steps = [tokens([1] * 12, ids)] if at_once else [tokens([1], [i]) for i in ids]
     script: list[Any] = [opened(1, "STOP"), *steps, done(1, 12), opened(2), opened(3)]
-    script += [tokens([2, 3], [b, eos], [1, 1]), done(2, 1, Reason.STOP), done(3, 1, Reason.STOP)]
+    script += [
+        tokens([2, 3], [b, eos], [1, 1]),
+        done(2, 1, FinishReason.STOP),
+        done(3, 1, FinishReason.STOP),
+    ]
     front, _ = play(text, script, finished=3)
     assert said(front, 1) == "one STOP"
     assert said(front, 2) == "b"  # a stop token
     assert said(front, 3) == ""  # a special one
 
 
-def test_special_tokens_are_shown_by_name(text: Text) -> None:
+def test_special_tokens_are_shown_by_name(text: ModelTokenizer) -> None:
     eos, call = text.encode("<eos><call>", False)
     script = [follow(1), OpenTextStream(2, i32([]), (), True, False, ("<call>", "</call>"))]
     script += [tokens([1, 2], [call, call]), tokens([1, 2], [eos, eos])]
@@ -227,83 +233,85 @@ def test_special_tokens_are_shown_by_name(text: Text) -> None:
     assert (said(front, 1), said(front, 2)) == ("", "<call>")  # one that ends is no part of it
 
 
-def test_stop_string_over_tokens_is_cut_and_told_once(text: Text) -> None:
+def test_stop_string_over_tokens_is_cut_and_told_once(text: ModelTokenizer) -> None:
     ids = list(text.encode("one STOP two", False))
     script = [follow(1, "STOP"), *[tokens([1], [i]) for i in ids], done(1, 12)]
     front, sched = play(text, script, finished=1)
     assert said(front, 1) == "one "
     assert sched == [StopHit(1, 8)]
     end = front[-1]
-    assert (end.reason, end.num_tokens, end.cached_len) == (Reason.STOP, 8, 1)
-    shown = [m for m in front if isinstance(m, Delta)]
+    assert (end.reason, end.num_tokens, end.cached_len) == (FinishReason.STOP, 8, 1)
+    shown = [m for m in front if isinstance(m, TextDelta)]
     assert array("i", [i for m in shown for i in m.ids]) == i32(ids[:8])
     assert "".join(p for m in shown for p in m.pieces) == "one STOP"
 
 
-def test_stop_string_found_with_the_end_needs_no_stop_hit(text: Text) -> None:
+def test_stop_string_found_with_the_end_needs_no_stop_hit(text: ModelTokenizer) -> None:
     ids = list(text.encode("aXb", False))
     front, sched = play(text, [[follow(1, "X"), tokens([1] * 3, ids), done(1, 3)]], finished=1)
     assert said(front, 1) == "a"
-    assert (front[-1].reason, front[-1].num_tokens) == (Reason.STOP, 2)
+    assert (front[-1].reason, front[-1].num_tokens) == (FinishReason.STOP, 2)
     assert sched == []
 
 
-def test_error_after_a_stop_string_is_a_stop(text: Text) -> None:
+def test_error_after_a_stop_string_is_a_stop(text: ModelTokenizer) -> None:
     (x,) = text.encode("X", False)
-    error = Finished(1, Reason.ERROR, Failure("no room", "code", 500), 0, 4)
+    error = Finished(1, FinishReason.ERROR, Failure("no room", "code", 500), 0, 4)
     front, _ = play(text, [follow(1, "X"), tokens([1], [x]), error], finished=1)
-    assert front[-1] == Finished(1, Reason.STOP, None, 0, 1, "X")
+    assert front[-1] == Finished(1, FinishReason.STOP, None, 0, 1, "X")
 
 
-def test_stop_sequence_over_steps_is_cut_and_told_once(text: Text) -> None:
+def test_stop_sequence_over_steps_is_cut_and_told_once(text: ModelTokenizer) -> None:
     ids = list(text.encode("aaab!", False))
     script = [sequenced(1, ids[1:4]), *[tokens([1], [i]) for i in ids], done(1, 5)]
     front, sched = play(text, script, finished=1)
-    deltas = [m for m in front if isinstance(m, Delta)]
+    deltas = [m for m in front if isinstance(m, TextDelta)]
     # the third a could still be the second of the sequence, the second its first
     assert [(m.text, len(m.ids)) for m in deltas] == [("a", 1), ("", 3)]
     assert array("i", [i for m in deltas for i in m.ids]) == i32(ids[:4])
     assert deltas[-1].pieces == ("", "", "")
     assert sched == [StopHit(1, 4)]
-    assert (front[-1].reason, front[-1].num_tokens, front[-1].stop) == (Reason.STOP, 4, "")
+    assert (front[-1].reason, front[-1].num_tokens, front[-1].stop) == (FinishReason.STOP, 4, "")
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_beginning_of_a_stop_sequence_comes_out_when_it_fails(text: Text, at_once: bool) -> None:
+def test_beginning_of_a_stop_sequence_comes_out_when_it_fails(
+    text: ModelTokenizer, at_once: bool
+) -> None:
     ids = list(text.encode("ababc☃", False))
     steps = [tokens([1], [i], logprobs=Logprobs(chosen=_f32(-n))) for n, i in enumerate(ids)]
     script = [sequenced(1, [*ids[:2], ids[4], ids[4]]), *steps, done(1, len(ids))]
     front, sched = play(text, [script] if at_once else script, finished=1)
-    deltas = [m for m in front if isinstance(m, Delta)]
+    deltas = [m for m in front if isinstance(m, TextDelta)]
     assert (said(front, 1), sched) == ("ababc☃", [])
     assert array("i", [i for m in deltas for i in m.ids]) == i32(ids)
     assert [x for m in deltas for x in m.logprobs.chosen] == [-n for n in range(len(ids))]
     assert front[-1] == done(1, len(ids))
 
 
-def test_end_inside_the_beginning_of_a_stop_sequence_shows_it(text: Text) -> None:
+def test_end_inside_the_beginning_of_a_stop_sequence_shows_it(text: ModelTokenizer) -> None:
     a, b = text.encode("ab", False)
     script = [sequenced(1, [a, b, a]), tokens([1], [a]), tokens([1], [b]), done(1, 2)]
     front, _ = play(text, script, finished=1)
-    assert (said(front, 1), front[-1].reason) == ("ab", Reason.LENGTH)
+    assert (said(front, 1), front[-1].reason) == ("ab", FinishReason.LENGTH)
 
 
-def test_stop_sequence_found_with_the_end_needs_no_stop_hit(text: Text) -> None:
+def test_stop_sequence_found_with_the_end_needs_no_stop_hit(text: ModelTokenizer) -> None:
     ids = list(text.encode("xab!", False))
     script = [[sequenced(1, ids[1:3]), tokens([1] * 4, ids), done(1, 4)]]
     front, sched = play(text, script, finished=1)
     assert (said(front, 1), sched) == ("x", [])
-    assert (front[-1].reason, front[-1].num_tokens) == (Reason.STOP, 3)
+    assert (front[-1].reason, front[-1].num_tokens) == (FinishReason.STOP, 3)
 
 
-def test_stop_string_before_a_stop_sequence_wins(text: Text) -> None:
+def test_stop_string_before_a_stop_sequence_wins(text: ModelTokenizer) -> None:
     ids = list(text.encode("xSTOPab", False))
     follow_both = OpenTextStream(1, i32([]), ("STOP",), True, False, (), (tuple(ids[-2:]),))
     front, _ = play(text, [follow_both, tokens([1] * 7, ids), done(1, 7)], finished=1)
     assert (said(front, 1), front[-1].stop, front[-1].num_tokens) == ("x", "STOP", 5)
 
 
-def test_text_before_a_stop_sequence_is_whole(text: Text) -> None:
+def test_text_before_a_stop_sequence_is_whole(text: ModelTokenizer) -> None:
     half, a, b = *text.encode("é", False)[:1], *text.encode("ab", False)
     both = OpenTextStream(1, i32([]), ("ab!",), True, False, (), ((b, b),))
     script = [both, tokens([1] * 4, [half, a, b, b]), done(1, 4)]
@@ -311,15 +319,15 @@ def test_text_before_a_stop_sequence_is_whole(text: Text) -> None:
     assert said(front, 1) == "\ufffda"
 
 
-def test_held_back_text_comes_out_at_the_end(text: Text) -> None:
+def test_held_back_text_comes_out_at_the_end(text: ModelTokenizer) -> None:
     ids = list(text.encode("a STO", False))
     front, sched = play(text, [follow(1, "STOP"), tokens([1] * 5, ids), done(1, 5)], finished=1)
     assert said(front, 1) == "a STO"
-    assert front[-1].reason == Reason.LENGTH
+    assert front[-1].reason == FinishReason.LENGTH
     assert sched == []
 
 
-def test_unknown_requests_are_ignored(text: Text) -> None:
+def test_unknown_requests_are_ignored(text: ModelTokenizer) -> None:
     (a,) = text.encode("a", False)
     script = [done(9, 0), tokens([9, 1], [a, a]), follow(1), tokens([9, 1], [a, a]), done(1, 1)]
     front, _ = play(text, script, finished=1)
@@ -327,7 +335,7 @@ def test_unknown_requests_are_ignored(text: Text) -> None:
     assert said(front, 1) == "a"
 
 
-def test_logprobs_travel_with_their_tokens_as_wide_as_all_have_them(text: Text) -> None:
+def test_logprobs_travel_with_their_tokens_as_wide_as_all_have_them(text: ModelTokenizer) -> None:
     a, b = text.encode("ab", False)
     wide = Logprobs(2, _f32(-1, -2), i32([1, 2, 3, 4]), _f32(-1, -3, -2, -4))
     slim = Logprobs(1, _f32(-5), i32([5]), _f32(-5))
@@ -338,7 +346,7 @@ def test_logprobs_travel_with_their_tokens_as_wide_as_all_have_them(text: Text) 
     assert delta.logprobs == Logprobs(1, _f32(-2, -5), i32([3, 5]), _f32(-2, -5))
 
 
-def test_logprobs_of_others_do_not_make_half_columns(text: Text) -> None:
+def test_logprobs_of_others_do_not_make_half_columns(text: ModelTokenizer) -> None:
     a, b = text.encode("ab", False)
     shared = Logprobs(chosen=_f32(-1, -2))
     batch = [follow(1), tokens([1, 8], [a, a], logprobs=shared), tokens([1], [b]), done(1, 2)]
@@ -346,7 +354,7 @@ def test_logprobs_of_others_do_not_make_half_columns(text: Text) -> None:
     assert (front[0].text, front[0].logprobs) == ("ab", None)
 
 
-def test_prompt_logprobs_of_all_chunks_come_with_the_first_tokens(text: Text) -> None:
+def test_prompt_logprobs_of_all_chunks_come_with_the_first_tokens(text: ModelTokenizer) -> None:
     (a,) = text.encode("a", False)
     one = (1, Logprobs(1, _f32(-1, -2), i32([1, 2]), _f32(-1, -2)))
     two = (1, Logprobs(1, _f32(-3), i32([3]), _f32(-3)))
@@ -358,7 +366,7 @@ def test_prompt_logprobs_of_all_chunks_come_with_the_first_tokens(text: Text) ->
     assert [m.prompt for m in scored[:-1]] == [one[1]]
 
 
-def test_turns_are_short_fair_and_lose_nothing(text: Text) -> None:
+def test_turns_are_short_fair_and_lose_nothing(text: ModelTokenizer) -> None:
     rids = list(range(50))
     ids = list(text.encode("ab", False))
     others: list[int] = []
@@ -391,7 +399,7 @@ def test_turns_are_short_fair_and_lose_nothing(text: Text) -> None:
             await system.run()
 
     uvloop.run(main())
-    assert [m.rid for m in seen if isinstance(m, Delta)] == rids
+    assert [m.rid for m in seen if isinstance(m, TextDelta)] == rids
     assert all(said(seen, rid) == "ab" for rid in rids)
     steps = [b - a for a, b in pairwise(others) if b - a]
     assert len(steps) > 5
@@ -416,26 +424,28 @@ def _f32(*values: float) -> array[float]:
 )
 @pytest.mark.parametrize("ends", [0, 1])
 def test_the_text_of_a_hidden_token_stops(
-    text: Text, stop: str, wanted: str, num: int, ends: int
+    text: ModelTokenizer, stop: str, wanted: str, num: int, ends: int
 ) -> None:
     ids = [*text.encode("ab<call>\n<eos>", False)]
     script: list[Any] = [follow(7, "zz", stop)]
     script += [tokens([7], [i], [ends if i == ids[-1] else 0]) for i in ids]
-    front, sched = play(text, [*script, done(7, 5, Reason.STOP)], finished=1)
+    front, sched = play(text, [*script, done(7, 5, FinishReason.STOP)], finished=1)
     assert said(front, 7) == wanted
     found = stop if stop not in ("<call>x", "call") else ""
     assert (front[-1].stop, front[-1].num_tokens) == (found, num)
     assert (StopHit(7, num) in sched) is bool(found)
 
 
-def test_the_text_of_a_shown_token_stops(text: Text) -> None:
+def test_the_text_of_a_shown_token_stops(text: ModelTokenizer) -> None:
     ids = [*text.encode("ab<call>cd", False)]
     shown = OpenTextStream(7, i32([]), ("<call>c",), False, False)
     front, _ = play(text, [shown, tokens([7] * 5, ids), done(7, 5)], finished=1)
     assert said(front, 7) == "ab"
 
 
-def test_of_a_lost_groups_requests_those_begin_again_of_which_nothing_has_come(text: Text) -> None:
+def test_of_a_lost_groups_requests_those_begin_again_of_which_nothing_has_come(
+    text: ModelTokenizer,
+) -> None:
     """Each ends once; what the group said before its end, and comes later, does not count."""
     late = [
         replace(tokens([1, 2], text.encode("no", False)), endpoint=1),
@@ -444,14 +454,18 @@ def test_of_a_lost_groups_requests_those_begin_again_of_which_nothing_has_come(t
     script = [
         [follow(1), follow(2), follow(3, "o"), follow(4)],
         [replace(tokens([2, 3], text.encode("go", False)), endpoint=1)],
-        [GroupGone(1, 1, "it was killed"), Orphaned(i64([1, 2, 3, 9]), "it was killed"), *late],
+        [
+            GroupRemoved(1, 1, "it was killed"),
+            RequestsOrphaned(i64([1, 2, 3, 9]), "it was killed"),
+            *late,
+        ],
         [tokens([1, 4], text.encode("ab", False)), done(1, 1), done(4, 1)],
     ]
     front, sched = play(text, script, finished=4)
     assert [said(front, rid) for rid in (1, 2, 3, 4)] == ["a", "g", "", "b"]
-    assert sched == [StopHit(3, 1), Again(i64([1]), i64([2, 3, 9]))]
+    assert sched == [StopHit(3, 1), ResubmitRequests(i64([1]), i64([2, 3, 9]))]
     ends = {msg.rid: msg for msg in front if isinstance(msg, Finished)}
     detail = "the ranks that generated this answer are lost (it was killed); try again"
     assert ends[2].failure == Failure(detail, "group_lost", 503)
-    assert ends[3].reason is Reason.STOP, "it had its stop string"
-    assert [ends[rid].reason for rid in (1, 4)] == [Reason.LENGTH] * 2
+    assert ends[3].reason is FinishReason.STOP, "it had its stop string"
+    assert [ends[rid].reason for rid in (1, 4)] == [FinishReason.LENGTH] * 2

@@ -10,34 +10,34 @@ from typing import Any
 import pytest
 import uvloop
 
-from asyncllm.actors import finding
+from asyncllm.actors import peer_connector
 from asyncllm.actors.agent import Agent
 from asyncllm.actors.base import Actor
 from asyncllm.actors.channel import Channel
 from asyncllm.actors.director import Director
-from asyncllm.actors.peers import Card, PeerJoined, PeerLeft, PeerRefused, Received
+from asyncllm.actors.peer_messages import PeerInfo, PeerJoined, PeerLeft, PeerMessage, PeerRefused
 from asyncllm.actors.system import ActorSystem
 from asyncllm.codec import i32, i64
-from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.core.request import FinishReason, SamplingParams
 from asyncllm.errors import StartupError
 from asyncllm.messages import (
     FRONTEND_SHIFT,
     Abort,
     AskNodes,
     AskServing,
-    Begin,
-    Compile,
-    Compiled,
-    Decode,
+    BeginDecode,
+    CompileGrammar,
+    DecodeRequest,
+    DecodeReserved,
     Drain,
     Drained,
     Finished,
-    Listening,
+    GrammarReady,
+    ImportPlaced,
+    KvListening,
+    NodesAnswer,
     NodeState,
-    NodesTold,
-    Placed,
-    Prefill,
-    Reserved,
+    PrefillRequest,
     Scrape,
     Scraped,
     Serving,
@@ -46,10 +46,10 @@ from asyncllm.messages import (
     Submit,
     Tokens,
 )
-from asyncllm.records import Destination, Failure, KvMoved, KvWire, Load
+from asyncllm.records import Failure, GroupLoad, KvDestination, KvWireFormat, TransferTotals
 from asyncllm.topology import Topology
 
-WIRE = KvWire(format="", dtype="fp32", num_layers=1, num_heads=1, head_bytes=4)
+WIRE = KvWireFormat(format="", dtype="fp32", num_layers=1, num_heads=1, head_bytes=4)
 PARAMS = SamplingParams(max_new_tokens=4)
 P, D = 1 << 23, (1 << 23) + 1  # peers
 
@@ -57,9 +57,9 @@ P, D = 1 << 23, (1 << 23) + 1  # peers
 class FakeChannel:
     """What director and agent ask of a channel."""
 
-    def __init__(self, card: Card) -> None:
+    def __init__(self, card: PeerInfo) -> None:
         self.card = card
-        self.admit: Callable[[Card], str | None] = lambda _: None
+        self.admit: Callable[[PeerInfo], str | None] = lambda _: None
         self.dropped: list[tuple[int, str]] = []
         self.dialled: list[str] = []
         self.forgotten: list[str] = []
@@ -78,7 +78,7 @@ class FakeChannel:
 class Office:
     """An actor; ``told``: (endpoint, name, message) of all that it says to others."""
 
-    def __init__(self, actor: Callable[[Channel], Actor[Any]], card: Card, topology: Topology):
+    def __init__(self, actor: Callable[[Channel], Actor[Any]], card: PeerInfo, topology: Topology):
         self.told: list[tuple[int, str, Any]] = []
         self.channel = FakeChannel(card)
         self.system = ActorSystem(topology=topology)
@@ -119,8 +119,8 @@ async def while_running(office: Office, script: Coroutine[Any, Any, None]) -> No
 # -- director ------------------------------------------------------------------------------------------
 
 
-def card(role: str, name: str, **facts: str) -> Card:
-    return Card(role=role, name=name, facts=tuple(facts.items()))
+def card(role: str, name: str, **facts: str) -> PeerInfo:
+    return PeerInfo(role=role, name=name, facts=tuple(facts.items()))
 
 
 def master(**options: Any) -> Office:
@@ -137,8 +137,8 @@ def state(**more: Any) -> NodeState:
 JOINED = (
     PeerJoined(P, card("prefill", "p:1"), ""),
     PeerJoined(D, card("decode", "d:1"), ""),
-    Received(P, state()),
-    Received(D, state()),
+    PeerMessage(P, state()),
+    PeerMessage(D, state()),
 )
 
 
@@ -150,21 +150,23 @@ def test_a_request_goes_to_its_nodes_and_its_tokens_to_its_process() -> None:
             await office.tell(*JOINED)
             rid = (1 << FRONTEND_SHIFT) + 5
             ((peer, name, decode),) = await office.tell(Submit(rid, i32([1, 2]), PARAMS))
-            assert (peer, name, type(decode)) == (D, "agent", Decode)
-            to = Destination(
+            assert (peer, name, type(decode)) == (D, "agent", DecodeRequest)
+            to = KvDestination(
                 node="d", epoch=9, hit=0, length=2, addresses=("tcp://d:1",), wire=WIRE
             )
-            ((peer, _, prefill),) = await office.tell(Received(D, Reserved(decode.ticket, to)))
-            assert (peer, type(prefill), prefill.to) == (P, Prefill, to)
+            ((peer, _, prefill),) = await office.tell(
+                PeerMessage(D, DecodeReserved(decode.ticket, to))
+            )
+            assert (peer, type(prefill), prefill.to) == (P, PrefillRequest, to)
             tokens = Tokens(1, i64([decode.ticket]), i32([7]), b"\0", None, ())
-            moved = Finished(decode.ticket, Reason.MOVED, cached_len=1)
-            told = await office.tell(Received(P, tokens), Received(P, moved))
-            assert (D, "agent", Begin(decode.ticket, 7)) in told
+            moved = Finished(decode.ticket, FinishReason.MOVED, cached_len=1)
+            told = await office.tell(PeerMessage(P, tokens), PeerMessage(P, moved))
+            assert (D, "agent", BeginDecode(decode.ticket, 7)) in told
             ((where, to_whom, out),) = [each for each in told if isinstance(each[2], Tokens)]
             assert (where, to_whom, list(out.rids)) == (1, "detokenizer", [rid])
-            end = Finished(decode.ticket, Reason.STOP)
-            told = await office.tell(Received(D, tokens), Received(D, end))
-            ended = Finished(rid, Reason.STOP, cached_len=1, num_tokens=2)
+            end = Finished(decode.ticket, FinishReason.STOP)
+            told = await office.tell(PeerMessage(D, tokens), PeerMessage(D, end))
+            ended = Finished(rid, FinishReason.STOP, cached_len=1, num_tokens=2)
             assert (1, "detokenizer", ended) in told
 
         await while_running(office, go())
@@ -231,11 +233,11 @@ def test_the_table_of_nodes_tells_what_they_say_and_what_they_have_moved_stays_c
         office = master()
 
         async def go() -> None:
-            moved = KvMoved(sent_bytes=10, waiting=3)
+            moved = TransferTotals(sent_bytes=10, waiting=3)
             await office.tell(*JOINED[:3])
-            await office.tell(Received(P, state(used=50, cached=20, draining=True, moved=moved)))
+            await office.tell(PeerMessage(P, state(used=50, cached=20, draining=True, moved=moved)))
             ((_, _, told),) = await office.tell(AskNodes(4, 0))
-            assert isinstance(told, NodesTold)
+            assert isinstance(told, NodesAnswer)
             rows = {row["role"]: row for row in json.loads(told.body)}
             assert rows["decode"]["state"] == "joining"
             row = rows["prefill"]
@@ -267,17 +269,19 @@ def test_whatever_a_node_has_left_for_its_requests_go_elsewhere_and_those_of_oth
         async def go() -> None:
             await office.tell(*JOINED)
             ((_, _, decode),) = await office.tell(Submit(5, i32([1, 2]), PARAMS))
-            to = Destination(node="d", epoch=1, hit=0, length=2, addresses=("x",), wire=WIRE)
-            await office.tell(Received(D, Reserved(decode.ticket, to)))
-            await office.tell(PeerJoined(spare, card(role, "s:1"), ""), Received(spare, state()))
+            to = KvDestination(node="d", epoch=1, hit=0, length=2, addresses=("x",), wire=WIRE)
+            await office.tell(PeerMessage(D, DecodeReserved(decode.ticket, to)))
+            await office.tell(PeerJoined(spare, card(role, "s:1"), ""), PeerMessage(spare, state()))
             told = await office.tell(PeerLeft(P if role == "prefill" else D, card(role, "x"), why))
             then_p, then_d = (spare, D) if role == "prefill" else (P, spare)
-            ((where, again),) = [(w, m) for w, _, m in told if isinstance(m, Decode)]
+            ((where, again),) = [(w, m) for w, _, m in told if isinstance(m, DecodeRequest)]
             assert (where, list(again.outputs)) == (then_d, [])
             kept = D if role == "prefill" else P
             assert (kept, "agent", Abort(decode.ticket)) in told
-            ((where, _, prefill),) = await office.tell(Received(then_d, Reserved(again.ticket, to)))
-            assert (where, type(prefill)) == (then_p, Prefill)
+            ((where, _, prefill),) = await office.tell(
+                PeerMessage(then_d, DecodeReserved(again.ticket, to))
+            )
+            assert (where, type(prefill)) == (then_p, PrefillRequest)
 
         await while_running(office, go())
 
@@ -307,7 +311,7 @@ def test_tokens_beyond_the_vocabulary_are_impossible() -> None:
     async def script() -> None:
         director = master().actor
         for token, fine in ((99, True), (100, False)):
-            msg = Received(P, Tokens(1, i64([1]), i32([token]), b"\0", None, ()))
+            msg = PeerMessage(P, Tokens(1, i64([1]), i32([token]), b"\0", None, ()))
             assert director.possible(msg) is fine  # type: ignore[arg-type]
 
     run(script)
@@ -324,7 +328,7 @@ def ports(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     async def find_channel(host: str, port: int, what: str) -> int:
         return told.pop(0) if len(told) > 1 else told[0]
 
-    monkeypatch.setattr(finding, "find_channel", find_channel)
+    monkeypatch.setattr(peer_connector, "find_channel", find_channel)
     return told
 
 
@@ -336,7 +340,7 @@ def node(role: str = "decode") -> Office:
 
 
 MASTER = PeerJoined(P, card("pd_master", "m"), "m:9")
-DECODE = Decode(ticket=3, prompt=i32([1, 2]), outputs=i32([]), params=PARAMS)
+DECODE = DecodeRequest(ticket=3, prompt=i32([1, 2]), outputs=i32([]), params=PARAMS)
 
 
 def test_what_a_master_asks_is_a_request_of_the_node_and_comes_back_under_its_ticket() -> None:
@@ -344,23 +348,28 @@ def test_what_a_master_asks_is_a_request_of_the_node_and_comes_back_under_its_ti
         office = node()
 
         async def go() -> None:
-            await office.tell(MASTER, Listening(0, "tcp://n:1", WIRE))
-            ((_, name, submit),) = await office.tell(Received(P, DECODE))
+            await office.tell(MASTER, KvListening(0, "tcp://n:1", WIRE))
+            ((_, name, submit),) = await office.tell(PeerMessage(P, DECODE))
             assert (name, submit.imports, submit.exports) == ("scheduler", True, None)
             rid = submit.rid
-            ((peer, name, reserved),) = await office.tell(Placed(rid, 0, 1, 2))
+            ((peer, name, reserved),) = await office.tell(ImportPlaced(rid, 0, 1, 2))
             assert (peer, name, reserved.ticket) == (P, "director", 3)
             to = reserved.to
             assert (to.epoch, to.hit, to.length, to.addresses) == (rid, 1, 2, ("tcp://n:1",))
             assert to.node == office.channel.card.incarnation
-            told = await office.tell(Received(P, Begin(3, 8)), Received(P, StopHit(3, 2)))
-            assert told == [(0, "scheduler", Begin(rid, 8)), (0, "scheduler", StopHit(rid, 2))]
+            told = await office.tell(
+                PeerMessage(P, BeginDecode(3, 8)), PeerMessage(P, StopHit(3, 2))
+            )
+            assert told == [
+                (0, "scheduler", BeginDecode(rid, 8)),
+                (0, "scheduler", StopHit(rid, 2)),
+            ]
             tokens = Tokens(1, i64([rid, 99]), i32([7, 9]), b"\0\0", None, ())
             ((_, _, passed),) = await office.tell(tokens)
             assert (list(passed.rids), list(passed.tokens)) == ([3], [7])
-            told = await office.tell(Finished(rid, Reason.STOP, num_tokens=2))
-            assert told == [(P, "director", Finished(3, Reason.STOP, num_tokens=2))]
-            assert await office.tell(Received(P, Abort(3))) == []
+            told = await office.tell(Finished(rid, FinishReason.STOP, num_tokens=2))
+            assert told == [(P, "director", Finished(3, FinishReason.STOP, num_tokens=2))]
+            assert await office.tell(PeerMessage(P, Abort(3))) == []
 
         await while_running(office, go())
 
@@ -373,13 +382,15 @@ def test_a_moved_request_is_kept_until_its_master_lets_go() -> None:
 
         async def go() -> None:
             await office.tell(MASTER)
-            to = Destination(node="d", epoch=1, hit=0, length=2, addresses=("x",), wire=WIRE)
-            msg = Prefill(ticket=4, prompt=i32([1, 2]), outputs=i32([]), params=PARAMS, to=to)
-            ((_, _, submit),) = await office.tell(Received(P, msg))
+            to = KvDestination(node="d", epoch=1, hit=0, length=2, addresses=("x",), wire=WIRE)
+            msg = PrefillRequest(
+                ticket=4, prompt=i32([1, 2]), outputs=i32([]), params=PARAMS, to=to
+            )
+            ((_, _, submit),) = await office.tell(PeerMessage(P, msg))
             assert (submit.imports, submit.exports) == (False, to)
-            await office.tell(Finished(submit.rid, Reason.MOVED))
+            await office.tell(Finished(submit.rid, FinishReason.MOVED))
             assert not [m for _, _, m in await office.tell(Drain(9.0)) if isinstance(m, Drained)]
-            told = await office.tell(Received(P, Abort(4)))
+            told = await office.tell(PeerMessage(P, Abort(4)))
             assert (0, "scheduler", Abort(submit.rid)) in told
             assert (0, "watchdog", Drained("agent", 0)) in told
 
@@ -396,14 +407,14 @@ def test_a_grammar_is_compiled_first(failure: Failure | None) -> None:
 
         async def go() -> None:
             await office.tell(MASTER)
-            msg = Decode(ticket=3, prompt=i32([1]), outputs=i32([]), params=params)
-            ((_, name, asked),) = await office.tell(Received(P, msg))
-            assert (name, type(asked)) == ("grammar", Compile)
-            ((where, _, then),) = await office.tell(Compiled(asked.job, failure))
+            msg = DecodeRequest(ticket=3, prompt=i32([1]), outputs=i32([]), params=params)
+            ((_, name, asked),) = await office.tell(PeerMessage(P, msg))
+            assert (name, type(asked)) == ("grammar", CompileGrammar)
+            ((where, _, then),) = await office.tell(GrammarReady(asked.job, failure))
             if failure is None:
                 assert isinstance(then, Submit)
             else:
-                assert (where, then) == (P, Finished(3, Reason.ERROR, failure))
+                assert (where, then) == (P, Finished(3, FinishReason.ERROR, failure))
 
         await while_running(office, go())
 
@@ -416,11 +427,11 @@ def test_requests_of_a_lost_master_end_and_it_is_looked_for_again() -> None:
 
         async def go() -> None:
             await office.tell(MASTER, AskServing(0))
-            ((_, _, submit),) = await office.tell(Received(P, DECODE))
+            ((_, _, submit),) = await office.tell(PeerMessage(P, DECODE))
             told = await office.tell(PeerLeft(P, MASTER.card, "cut"))
             assert (0, "scheduler", Abort(submit.rid)) in told
             assert (0, "frontend", Serving("no pd_master is connected")) in told
-            assert await office.tell(Received(P, DECODE)) == []
+            assert await office.tell(PeerMessage(P, DECODE)) == []
 
         await while_running(office, go())
 
@@ -432,7 +443,7 @@ def test_a_ticket_that_is_there_already_ends_the_connection() -> None:
         office = node()
 
         async def go() -> None:
-            await office.tell(MASTER, Received(P, DECODE), Received(P, DECODE))
+            await office.tell(MASTER, PeerMessage(P, DECODE), PeerMessage(P, DECODE))
             assert office.channel.dropped == [(P, "ticket 3 is there already")]
 
         await while_running(office, go())
@@ -448,11 +459,11 @@ def test_a_node_that_drains_takes_nothing_and_says_so() -> None:
             await office.tell(MASTER)
             told = await office.tell(Drain(5.0))
             assert [type(msg) for _, _, msg in told] == [Scrape, Drained]
-            load = Load(used=1, total=10, cached=2, running=3, waiting=4)
-            told = await office.tell(Scraped(0, b"", (load, load), KvMoved(sent_bytes=5)))
-            wanted = NodeState(2, 4, 20, 6, 8, True, KvMoved(sent_bytes=5))
+            load = GroupLoad(used=1, total=10, cached=2, running=3, waiting=4)
+            told = await office.tell(Scraped(0, b"", (load, load), TransferTotals(sent_bytes=5)))
+            wanted = NodeState(2, 4, 20, 6, 8, True, TransferTotals(sent_bytes=5))
             assert told == [(P, "director", wanted)]
-            ((_, _, end),) = await office.tell(Received(P, DECODE))
+            ((_, _, end),) = await office.tell(PeerMessage(P, DECODE))
             assert (end.rid, end.failure.code) == (3, "shutting_down")
 
         await while_running(office, go())
@@ -465,14 +476,14 @@ def test_a_master_that_does_not_take_this_node_ends_it_unless_it_has_been_let_in
         office = node()
         running = asyncio.ensure_future(office.system.run())
         why = "model here is a, that of pd_master m b"
-        await office.tell(Listening(0, "tcp://n:1", WIRE), Started())
+        await office.tell(KvListening(0, "tcp://n:1", WIRE), Started())
         await office.tell(PeerRefused("m:9", why))
         with pytest.raises(StartupError, match=why):
             await asyncio.wait_for(running, 20)
         office = node()
 
         async def go() -> None:
-            await office.tell(Started(), Listening(0, "tcp://n:1", WIRE))
+            await office.tell(Started(), KvListening(0, "tcp://n:1", WIRE))
             await office.tell(MASTER, PeerRefused("m:9", "another model"))
 
         await while_running(office, go())
@@ -483,8 +494,8 @@ def test_a_master_that_does_not_take_this_node_ends_it_unless_it_has_been_let_in
 @pytest.mark.parametrize(
     ("role", "waits"),
     [("prefill", [Started()]),
-     ("decode", [Started(), Listening(0, "x", WIRE)]),
-     ("decode", [Listening(0, "x", WIRE), Started()])],
+     ("decode", [Started(), KvListening(0, "x", WIRE)]),
+     ("decode", [KvListening(0, "x", WIRE), Started()])],
 )  # fmt: skip
 def test_a_node_looks_for_masters_when_all_its_processes_are_there(
     role: str, waits: list[object]
@@ -508,7 +519,7 @@ def test_a_node_looks_for_masters_when_all_its_processes_are_there(
 def test_a_master_that_does_not_come_is_asked_again_where_its_channel_is(
     monkeypatch: pytest.MonkeyPatch, ports: list[int]
 ) -> None:
-    monkeypatch.setattr(finding, "JOIN_S", 0.01)
+    monkeypatch.setattr(peer_connector, "JOIN_S", 0.01)
     ports[:] = [7, 7, 9]
 
     async def script() -> None:
@@ -539,9 +550,9 @@ def test_a_master_that_does_not_come_is_asked_again_where_its_channel_is(
 def test_requests_beyond_the_limits_are_impossible() -> None:
     async def script() -> None:
         agent = node().actor
-        long = Decode(ticket=1, prompt=i32([1] * 50), outputs=i32([]), params=PARAMS)
-        strange = Decode(ticket=1, prompt=i32([100]), outputs=i32([]), params=PARAMS)
+        long = DecodeRequest(ticket=1, prompt=i32([1] * 50), outputs=i32([]), params=PARAMS)
+        strange = DecodeRequest(ticket=1, prompt=i32([100]), outputs=i32([]), params=PARAMS)
         for msg, fine in ((DECODE, True), (long, False), (strange, False)):
-            assert agent.possible(Received(P, msg)) is fine  # type: ignore[arg-type]
+            assert agent.possible(PeerMessage(P, msg)) is fine  # type: ignore[arg-type]
 
     run(script)

@@ -11,24 +11,24 @@ import pytest
 import uvloop
 
 from asyncllm.actors.base import Actor
-from asyncllm.actors.grammar import GrammarKeeper
+from asyncllm.actors.grammar import GrammarCompiler
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.tokenizer import Tokenizer
 from asyncllm.codec import i32
-from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.core.request import FinishReason, SamplingParams
 from asyncllm.errors import RequestError
 from asyncllm.messages import (
     Abort,
     Accepted,
-    Compile,
-    Compiled,
+    CompileGrammar,
     Finished,
-    GroupGone,
+    GrammarReady,
+    GroupRemoved,
     Submit,
     Tokenize,
 )
 from asyncllm.records import Failure
-from asyncllm.text import Text
+from asyncllm.text import ModelTokenizer
 from asyncllm.topology import Topology
 from tests.actors.fake_renderer import FakeRenderer
 from tests.actors.test_tokenizer import Sink, make_text
@@ -63,7 +63,7 @@ class FakeBuilder:
 class Asker(Actor[Any]):
     """In the tokenizer's place: sends what is next when an answer comes."""
 
-    def __init__(self, script: Callable[[Asker, Compiled | None], None]) -> None:
+    def __init__(self, script: Callable[[Asker, GrammarReady | None], None]) -> None:
         super().__init__("tokenizer")
         self.script = script
         self.answers: dict[int, tuple[str, int]] = {}
@@ -73,7 +73,7 @@ class Asker(Actor[Any]):
         self.system.loop.call_soon(self.script, self, None)
 
     def ask(self, job: int, text: str, client: int = 0) -> None:
-        self.keeper.tell(Compile(0, job, "regex", text, client))
+        self.keeper.tell(CompileGrammar(0, job, "regex", text, client))
 
     def receive(self, batch: list[Any]) -> None:
         for msg in batch:
@@ -84,14 +84,16 @@ class Asker(Actor[Any]):
 
 
 def play(
-    builder: FakeBuilder | None, script: Callable[[Asker, Compiled | None], None], **options: Any
+    builder: FakeBuilder | None,
+    script: Callable[[Asker, GrammarReady | None], None],
+    **options: Any,
 ) -> dict[int, tuple[str, int]]:
     asker = Asker(script)
 
     async def main() -> None:
         async with asyncio.timeout(20):
             system = ActorSystem(encode_local=True)
-            system.add(GrammarKeeper(builder, **options))
+            system.add(GrammarCompiler(builder, **options))
             system.add(asker)
             await system.run()
 
@@ -99,10 +101,10 @@ def play(
     return asker.answers
 
 
-def until(num: int, *texts: str) -> Callable[[Asker, Compiled | None], None]:
+def until(num: int, *texts: str) -> Callable[[Asker, GrammarReady | None], None]:
     """Asks for the texts at once; stops after so many answers."""
 
-    def script(asker: Asker, msg: Compiled | None) -> None:
+    def script(asker: Asker, msg: GrammarReady | None) -> None:
         if msg is None:
             for job, text in enumerate(texts):
                 asker.ask(job, text)
@@ -134,7 +136,7 @@ def test_off_is_said() -> None:
 def test_clients_that_wait_are_served_in_turn_and_leave_places_for_others() -> None:
     builder = FakeBuilder("slow")
 
-    def script(asker: Asker, msg: Compiled | None) -> None:
+    def script(asker: Asker, msg: GrammarReady | None) -> None:
         if msg is None:
             for job, text in enumerate(("slow", "b", "c", "d", "e", "f")):
                 asker.ask(job, text, client=1)
@@ -155,7 +157,7 @@ def test_clients_that_wait_are_served_in_turn_and_leave_places_for_others() -> N
 def test_a_full_line_is_429() -> None:
     builder = FakeBuilder("slow")
 
-    def script(asker: Asker, msg: Compiled | None) -> None:
+    def script(asker: Asker, msg: GrammarReady | None) -> None:
         if msg is None:
             for job, text in enumerate(("slow", "b", "c")):
                 asker.ask(job, text)
@@ -172,11 +174,13 @@ def test_a_full_line_is_429() -> None:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
+def text(tmp_path_factory: pytest.TempPathFactory) -> ModelTokenizer:
     return make_text(tmp_path_factory.mktemp("model"))
 
 
-def tokenize(text: Text, builder: FakeBuilder, script: list[Any], answers: int) -> list[Any]:
+def tokenize(
+    text: ModelTokenizer, builder: FakeBuilder, script: list[Any], answers: int
+) -> list[Any]:
     """Everything that the scheduler and the frontend got, in order."""
     log: list[tuple[str, Any]] = []
 
@@ -186,7 +190,7 @@ def tokenize(text: Text, builder: FakeBuilder, script: list[Any], answers: int) 
     async def main() -> None:
         async with asyncio.timeout(20):
             system = ActorSystem(encode_local=True)
-            system.add(GrammarKeeper(builder))
+            system.add(GrammarCompiler(builder))
             for name in ("detokenizer", "scheduler", "frontend"):
                 system.add(Sink(name, log, enough if name == "frontend" else lambda: False))
             actor = Tokenizer(text, FakeRenderer(text), limit=20, vocab_size=text.vocab_size)
@@ -205,7 +209,7 @@ def asked(rids: tuple[int, ...], source: str, **params: Any) -> Tokenize:
     return Tokenize(rids, None, i32([1, 2, 3]), None, True, packed)
 
 
-def test_a_request_is_accepted_once_its_grammar_is_ready(text: Text) -> None:
+def test_a_request_is_accepted_once_its_grammar_is_ready(text: ModelTokenizer) -> None:
     builder = FakeBuilder()
     first, second, accepted = tokenize(text, builder, [asked((1, 2), "a")], 1)
     assert isinstance(first, Submit)
@@ -215,25 +219,25 @@ def test_a_request_is_accepted_once_its_grammar_is_ready(text: Text) -> None:
     assert builder.kept == {("regex", "a")}
 
 
-def test_a_bad_grammar_is_refused_before_anything_is_submitted(text: Text) -> None:
+def test_a_bad_grammar_is_refused_before_anything_is_submitted(text: ModelTokenizer) -> None:
     (end,) = tokenize(text, FakeBuilder(), [asked((1, 2), "bad")], 1)
     assert isinstance(end, Finished)
     assert (end.rid, end.reason, end.failure.detail, end.failure.status) == (
         1,
-        Reason.ERROR,
+        FinishReason.ERROR,
         "it is bad",
         400,
     )
 
 
-def test_a_prompt_too_long_is_refused_before_its_grammar_is_compiled(text: Text) -> None:
+def test_a_prompt_too_long_is_refused_before_its_grammar_is_compiled(text: ModelTokenizer) -> None:
     builder = FakeBuilder()
     (end,) = tokenize(text, builder, [asked((1,), "a", max_new_tokens=1000)], 1)
     assert end.failure.code == "context_length_exceeded"
     assert builder.built == []
 
 
-def test_an_abort_while_the_grammar_is_compiled_ends_the_request(text: Text) -> None:
+def test_an_abort_while_the_grammar_is_compiled_ends_the_request(text: ModelTokenizer) -> None:
     builder = FakeBuilder("slow")
 
     class Opener(Actor[Any]):
@@ -252,7 +256,7 @@ def test_an_abort_while_the_grammar_is_compiled_ends_the_request(text: Text) -> 
     async def main() -> None:
         async with asyncio.timeout(20):
             system = ActorSystem()
-            system.add(GrammarKeeper(builder))
+            system.add(GrammarCompiler(builder))
             for name in ("detokenizer", "scheduler", "frontend"):
                 answers = (lambda: len(log) >= 4) if name == "frontend" else (lambda: False)
                 system.add(Sink(name, log, answers))
@@ -272,7 +276,7 @@ def test_an_abort_while_the_grammar_is_compiled_ends_the_request(text: Text) -> 
 
 @pytest.mark.parametrize("fails", [-1, 0, 1, "lost"])
 def test_with_several_groups_a_grammar_must_be_ready_in_all_of_them(
-    text: Text, fails: int | str
+    text: ModelTokenizer, fails: int | str
 ) -> None:
     """Both leaders answer the one question, which the balancer would pass on to them; nobody waits
     for one that is lost."""
@@ -282,13 +286,13 @@ def test_with_several_groups_a_grammar_must_be_ready_in_all_of_them(
         def receive(self, batch: list[Any]) -> None:
             super().receive(batch)
             for msg in batch:
-                if isinstance(msg, Compile):
+                if isinstance(msg, CompileGrammar):
                     assert not any(name == "frontend" for name, _ in log)
                     for group in (0, 1):
                         bad = Failure("no such thing") if group == fails else None
-                        answer = Compiled(msg.job, bad, endpoint=group)
+                        answer = GrammarReady(msg.job, bad, endpoint=group)
                         if fails == "lost" and group == 1:
-                            self.system.ref("tokenizer").tell(GroupGone(1, 1, ""))
+                            self.system.ref("tokenizer").tell(GroupRemoved(1, 1, ""))
                         self.system.ref("tokenizer").tell(answer)
 
     async def main() -> None:

@@ -17,10 +17,10 @@ from time import monotonic
 
 import pytest
 
-from asyncllm.actors.kv_loop import Mover, Times
-from asyncllm.actors.kv_taker import Taker
-from asyncllm.core.kv_clock import LocalClock
-from asyncllm.messages import Export, Import
+from asyncllm.actors.kv_receiver import KvReceiver
+from asyncllm.actors.kv_thread import TransferThread, TransferTimeouts
+from asyncllm.core.kv_clock import PauseAwareClock
+from asyncllm.messages import ExportKv, ImportKv
 from tests.actors.kv_rig import KEYS, NUM_SLOTS, WAIT_S, Rig, Size
 
 WAYS = ["tcp", "p2p", "nccl"]
@@ -87,7 +87,7 @@ class Time:
     def __call__(self) -> float:
         return self.now
 
-    def lapse(self, mover: Mover) -> None:
+    def lapse(self, mover: TransferThread) -> None:
         for _ in range(20):
             self.now += 0.4
             mover.turn(0)
@@ -105,21 +105,21 @@ def scene(child: Child, request: pytest.FixtureRequest) -> Iterator[tuple[Child,
     """The one that will be stopped, those who go on, and the time that is theirs."""
     role, way = request.param
     child.tell(["be", role, way])
-    rig = Rig(names=((way,), (way,)), size=SIZE, times=Times(lapse_s=4.0, first_s=1e9))
+    rig = Rig(names=((way,), (way,)), size=SIZE, times=TransferTimeouts(lapse_s=4.0, first_s=1e9))
     time = Time()
     for mover in rig.movers:
-        mover.clock = LocalClock(0.5, time)
+        mover.clock = PauseAwareClock(0.5, time)
     yield child, rig, time
     child.go_on()
     rig.close()
 
 
-def come(mover: Mover) -> None:
+def come(mover: TransferThread) -> None:
     """Wait until something has come that a turn would read, or a little."""
     mover.poller.poll(50)
 
 
-def stopped_when(child: Child, mover: Mover, reached: Callable[[], bool]) -> None:
+def stopped_when(child: Child, mover: TransferThread, reached: Callable[[], bool]) -> None:
     """Turn after turn, while the other side stands still; it stays so when that is reached."""
     end, pause = monotonic() + WAIT_S, threading.Event()
     while True:
@@ -136,7 +136,7 @@ def stopped_when(child: Child, mover: Mover, reached: Callable[[], bool]) -> Non
 def fetches(rig: Rig) -> bool:
     """Whether the taker reads the sender's pages."""
     taker = rig.takers[0].mover
-    assert isinstance(taker, Taker)
+    assert isinstance(taker, KvReceiver)
     return taker._ways.names == ("p2p",)
 
 
@@ -146,9 +146,9 @@ def test_slots_given_to_others_are_out_of_reach_of_a_stopped_sender(
 ) -> None:
     child, rig, time = scene
     taker = rig.takers[0]
-    assert isinstance(taker.mover, Taker)
+    assert isinstance(taker.mover, KvReceiver)
     guests = taker.mover.guests
-    taker.mover.put([Import(77, 0, NUM_SLOTS, ALL)])
+    taker.mover.put([ImportKv(77, 0, NUM_SLOTS, ALL)])
     taker.mover.turn(0)
     child.tell(["export", 5, 77, taker.mover.port])
     if fetches(rig):  # nothing is asked for: it is stopped before it has said what is where
@@ -185,7 +185,7 @@ def test_a_stopped_taker_does_not_take_what_its_sender_has_for_others(
     child.tell(["import", 77])
     sender = rig.senders[0].mover
     to = rig.to(77, 0, NUM_SLOTS)
-    sender.put([Export(5, replace(to, addresses=(f"tcp://127.0.0.1:{port}",)))])
+    sender.put([ExportKv(5, replace(to, addresses=(f"tcp://127.0.0.1:{port}",)))])
     rig.computed(5, 0, 0, ALL)
     sender.turn(0)
     stopped_when(child, sender, lambda: sender.counts.sent_pages > 0)

@@ -9,10 +9,18 @@ from dataclasses import replace
 
 import pytest
 
-from asyncllm.actors.kv_loop import Times
-from asyncllm.actors.kv_taker import Taker
-from asyncllm.actors.transport import Keys
-from asyncllm.messages import Arrived, Computed, Export, Forget, Import, Lapsed, StepOver
+from asyncllm.actors.kv_receiver import KvReceiver
+from asyncllm.actors.kv_thread import TransferTimeouts
+from asyncllm.actors.transport import CurveKeys
+from asyncllm.messages import (
+    CancelTransfer,
+    ExportKv,
+    ImportKv,
+    KvArrived,
+    KvComputed,
+    StepFinished,
+    TransferFailed,
+)
 from tests.actors.kv_rig import KEYS, NUM_SLOTS, WAIT_S, Rig, Size
 
 SOURCES = array("i", [7, 3, 50, 22, 9, 1, 40, 41, 42, 13, 12])
@@ -75,10 +83,10 @@ def test_k_v_that_are_read_before_their_step_is_over_are_not_sent(rigs: list[Rig
     rigs.append(rig := Rig())
     rig.begin(5, 77, TARGETS)
     sender = rig.senders[0]
-    sender.mover.put([Computed(rid=5, seq=0, step=9, start=0, slots=SOURCES), StepOver(8)])
+    sender.mover.put([KvComputed(rid=5, seq=0, step=9, start=0, slots=SOURCES), StepFinished(8)])
     rig.turns(50)
     assert rig.sent(5) == [[]]
-    sender.mover.put([StepOver(10)])
+    sender.mover.put([StepFinished(10)])
     rig.until(lambda: rig.arrived(77))
 
 
@@ -98,7 +106,7 @@ def test_a_sender_that_forgets_ends_the_import(way: str, rigs: list[Rig]) -> Non
     rig.begin(5, 77, TARGETS)
     rig.computed(5, 0, 0, SOURCES[:4])
     rig.until(lambda: rig.sent(5) == [[0]])
-    rig.senders[0].mover.put([Forget(5)])
+    rig.senders[0].mover.put([CancelTransfer(5)])
     rig.computed(5, 1, 4, SOURCES[4:])
     rig.until(lambda: rig.lapsed(77) != [] and rig.sent(5) == [[0, 1]])
     assert rig.lapsed(77) == ["its request has ended there"]
@@ -113,21 +121,21 @@ def test_a_taker_that_forgets_takes_nothing_more(way: str, rigs: list[Rig]) -> N
     rig.begin(5, 77, TARGETS)
     rig.computed(5, 0, 0, SOURCES[:4])
     rig.until(lambda: rig.sent(5) == [[0]])
-    rig.takers[0].mover.put([Forget(77)])
+    rig.takers[0].mover.put([CancelTransfer(77)])
     rig.until(lambda: rig.lapsed(77) == [""])
     before = [rank.slots() for rank in rig.takers]
     rig.computed(5, 1, 4, SOURCES[4:])
     rig.until(lambda: rig.sent(5) == [[0, 1]])
     rig.turns(20)
     assert untouched(before, rig, array("i"))
-    assert rig.takers[0].told == [Lapsed(77, 0)]
+    assert rig.takers[0].told == [TransferFailed(77, 0)]
     assert all(mover.pool.free == mover.pool.num for mover in rig.movers)
 
 
 def test_a_server_behind_the_same_address_is_another_one(rigs: list[Rig]) -> None:
     rigs.append(rig := Rig())
-    rig.takers[0].mover.put([Import(77, 0, 11, TARGETS)])
-    rig.senders[0].mover.put([Export(5, rig.to(77, 0, 11, node="another"))])
+    rig.takers[0].mover.put([ImportKv(77, 0, 11, TARGETS)])
+    rig.senders[0].mover.put([ExportKv(5, rig.to(77, 0, 11, node="another"))])
     rig.computed(5, 0, 0, SOURCES)
     before = rig.takers[0].slots()
     rig.until(lambda: rig.sent(5) == [[0]])
@@ -136,14 +144,14 @@ def test_a_server_behind_the_same_address_is_another_one(rigs: list[Rig]) -> Non
 
 
 def test_an_import_that_nobody_sends_lapses(rigs: list[Rig]) -> None:
-    rigs.append(rig := Rig(times=Times(first_s=0.05, lapse_s=WAIT_S)))
-    rig.takers[0].mover.put([Import(77, 0, 11, TARGETS)])
+    rigs.append(rig := Rig(times=TransferTimeouts(first_s=0.05, lapse_s=WAIT_S)))
+    rig.takers[0].mover.put([ImportKv(77, 0, 11, TARGETS)])
     rig.until(lambda: rig.lapsed(77) != [])
     assert rig.lapsed(77) == ["no sender has been heard of in 0.05 s"]
 
 
 def test_each_of_the_keys_is_tried(rigs: list[Rig]) -> None:
-    rigs.append(rig := Rig(keys=(Keys.make(), KEYS)))
+    rigs.append(rig := Rig(keys=(CurveKeys.make(), KEYS)))
     rig.begin(5, 77, TARGETS)
     rig.computed(5, 0, 0, SOURCES)
     rig.until(lambda: rig.arrived(77))
@@ -151,19 +159,19 @@ def test_each_of_the_keys_is_tried(rigs: list[Rig]) -> None:
 
 def test_a_sender_may_be_quicker_than_the_word_of_the_scheduler(rigs: list[Rig]) -> None:
     rigs.append(rig := Rig())
-    rig.senders[0].mover.put([Export(5, rig.to(77, 0, 11))])
+    rig.senders[0].mover.put([ExportKv(5, rig.to(77, 0, 11))])
     rig.computed(5, 0, 0, SOURCES)
     rig.turns(50)
     assert rig.sent(5) == [[]]
-    rig.takers[0].mover.put([Import(77, 0, 11, TARGETS)])
+    rig.takers[0].mover.put([ImportKv(77, 0, 11, TARGETS)])
     rig.until(lambda: rig.arrived(77))
     assert rig.matches(SOURCES, TARGETS)
 
 
 def test_a_request_that_nobody_comes_to_expect_is_given_up(rigs: list[Rig]) -> None:
-    times = Times(first_s=WAIT_S, lapse_s=WAIT_S, early_s=0.02)
+    times = TransferTimeouts(first_s=WAIT_S, lapse_s=WAIT_S, early_s=0.02)
     rigs.append(rig := Rig(times=times))
-    rig.senders[0].mover.put([Export(5, rig.to(77, 0, 11))])
+    rig.senders[0].mover.put([ExportKv(5, rig.to(77, 0, 11))])
     rig.computed(5, 0, 0, SOURCES)
     rig.until(lambda: rig.sent(5) == [[0]])
 
@@ -172,17 +180,17 @@ def test_epochs_of_two_servers_may_be_equal(rigs: list[Rig]) -> None:
     """They are numbers of requests, which each server counts by itself."""
     rigs += [rig := Rig(), Rig()]
     other = rigs[1].takers[0]
-    assert isinstance(other.mover, Taker)
+    assert isinstance(other.mover, KvReceiver)
     there = replace(rig.to(77, 0, 11), addresses=(f"tcp://127.0.0.1:{other.mover.port}",))
     movers = [*rig.movers, other.mover]
     rig.begin(5, 77, TARGETS)
-    rig.senders[0].mover.put([Export(6, there)])
-    other.mover.put([Import(77, 0, 11, TARGETS)])
+    rig.senders[0].mover.put([ExportKv(6, there)])
+    other.mover.put([ImportKv(77, 0, 11, TARGETS)])
     rig.computed(5, 0, 0, SOURCES)
     rig.until(lambda: rig.arrived(77), movers)
     rig.turns(20, movers)  # what is over there is not over here
     rig.computed(6, 0, 0, SOURCES)
-    rig.until(lambda: Arrived(77, 0) in other.told, movers)
+    rig.until(lambda: KvArrived(77, 0) in other.told, movers)
 
 
 def test_a_server_that_ends_waits_for_what_it_has_promised(rigs: list[Rig]) -> None:
@@ -201,13 +209,13 @@ def test_a_storm_of_aborts_costs_no_other_request(end: str, rigs: list[Rig]) -> 
     """All is said to one connection in one turn, far more than ZeroMQ holds for it."""
     rigs.append(rig := Rig())
     sender, taker = rig.senders[0].mover, rig.takers[0].mover
-    assert isinstance(taker, Taker)
+    assert isinstance(taker, KvReceiver)
     rig.begin(5, 77, TARGETS)
     storm = range(1000, 3000)
     for rid in storm:
         rig.begin(rid, rid, SOURCES[:1])
     rig.until(lambda: all(entry.links for entry in taker.inbox.imports.values()))
-    (sender if end == "sender" else taker).put([Forget(rid) for rid in storm])
+    (sender if end == "sender" else taker).put([CancelTransfer(rid) for rid in storm])
     rig.turns(3, [sender if end == "sender" else taker])
     rig.computed(5, 0, 0, SOURCES)
     rig.until(lambda: rig.arrived(77) and all(map(rig.lapsed, storm)))
@@ -258,7 +266,7 @@ class _Life:
             rig.begin(self.rid, self.epoch, self.slots)
         elif rng.random() < 0.1 and self.forgotten is None:
             for rank in rng.choice([rig.senders, rig.takers]):
-                rank.mover.put([Forget(self.rid if rank in rig.senders else self.epoch)])
+                rank.mover.put([CancelTransfer(self.rid if rank in rig.senders else self.epoch)])
         else:
             self.compute(rig, rng.randrange(1, 4))
 
@@ -301,7 +309,7 @@ def test_what_was_under_way_when_it_was_forgotten_does_not_come_in_place_of_anot
     rig.begin(5, 77, TARGETS[:4])
     rig.computed(5, 0, 0, SOURCES[:4])
     rig.until(lambda: sender.counts.sent_pages > 0, [taker, sender])
-    taker.put([Forget(77)])
+    taker.put([CancelTransfer(77)])
     rig.begin(6, 78, TARGETS[4:8])
     rig.computed(6, 0, 0, SOURCES[4:8])
     rig.until(lambda: rig.arrived(78))

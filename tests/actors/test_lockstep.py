@@ -12,7 +12,7 @@ import uvloop
 from asyncllm.actors.base import Actor
 from asyncllm.actors.lockstep import Lockstep
 from asyncllm.actors.system import ActorSystem
-from asyncllm.messages import Abort, Agreed, Drain, Drained, JoinStep, Offer, StepPlan
+from asyncllm.messages import Abort, Drain, Drained, JoinStep, OfferStep, StepAgreed, StepPlan
 from asyncllm.topology import Topology
 from tests.actors.fake_device import World
 
@@ -172,17 +172,17 @@ def test_offers_of_nobody_and_out_of_turn_are_dropped() -> None:
             ref = system.add(actor)
             running = asyncio.ensure_future(system.run())
             await asyncio.sleep(0)
-            assert not actor.possible(Offer(endpoint=7, step=1, num_tokens=1, mixed=False))
+            assert not actor.possible(OfferStep(endpoint=7, step=1, num_tokens=1, mixed=False))
             for step in (1, 5, 1):
-                ref.tell(Offer(endpoint=1, step=step, num_tokens=3, mixed=False))
-            ref.tell(Offer(endpoint=0, step=1, num_tokens=0, mixed=False))
+                ref.tell(OfferStep(endpoint=1, step=step, num_tokens=3, mixed=False))
+            ref.tell(OfferStep(endpoint=0, step=1, num_tokens=0, mixed=False))
             for _ in range(5):
                 await asyncio.sleep(0)
             system.stop()
             await running
 
     uvloop.run(main())
-    assert log == [JoinStep(1), Agreed(step=1, num_tokens=3, mixed=False)]
+    assert log == [JoinStep(1), StepAgreed(step=1, num_tokens=3, mixed=False)]
 
 
 def test_a_full_group_makes_room_while_the_other_keeps_the_device_busy() -> None:

@@ -16,24 +16,24 @@ from asyncllm.actors.runner import Runner
 from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.system import ActorSystem
 from asyncllm.codec import i32
-from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.core.request import FinishReason, SamplingParams
 from asyncllm.messages import (
-    Arrived,
-    Begin,
-    Computed,
-    Export,
+    BeginDecode,
+    ExportKv,
     Finished,
-    Import,
-    Placed,
-    Sent,
-    StepOver,
+    ImportKv,
+    ImportPlaced,
+    KvArrived,
+    KvComputed,
+    KvSent,
+    StepFinished,
     Submit,
     Tokens,
 )
-from asyncllm.records import Destination, KvWire
+from asyncllm.records import KvDestination, KvWireFormat
 from tests.actors.fake_device import FakeDevice, check_ledger, oracle
 
-WIRE = KvWire(format="plain", dtype="fp32", num_layers=1, num_heads=1, head_bytes=8)
+WIRE = KvWireFormat(format="plain", dtype="fp32", num_layers=1, num_heads=1, head_bytes=8)
 EOS = {3}
 
 
@@ -44,9 +44,9 @@ class Mover(Actor[Any]):
         super().__init__("kv_transfer")
         self.device, self.over = device, 0
         self.peer: Mover
-        self.exports: dict[int, Destination] = {}
-        self.waiting: list[Computed] = []
-        self.imports: dict[int, Import] = {}
+        self.exports: dict[int, KvDestination] = {}
+        self.waiting: list[KvComputed] = []
+        self.imports: dict[int, ImportKv] = {}
         self.arrived: dict[int, int] = {}
 
     def started(self) -> None:
@@ -55,14 +55,14 @@ class Mover(Actor[Any]):
     def receive(self, batch: list[Any]) -> None:
         for msg in batch:
             match msg:
-                case StepOver(step):
+                case StepFinished(step):
                     assert step == self.over + 1
                     self.over = step
-                case Export(rid, to):
+                case ExportKv(rid, to):
                     self.exports[rid] = to
-                case Computed():
+                case KvComputed():
                     self.waiting.append(msg)
-                case Import():
+                case ImportKv():
                     self.imports[msg.rid], self.arrived[msg.rid] = msg, 0
         ready = [msg for msg in self.waiting if msg.step <= self.over]
         self.waiting = [msg for msg in self.waiting if msg.step > self.over]
@@ -71,7 +71,7 @@ class Mover(Actor[Any]):
             entries = [self.device.store[slot] for slot in msg.slots]
             epoch = self.exports[msg.rid].epoch
             self.system.loop.call_soon(self.peer.write, epoch, msg.start, entries)
-            self.scheduler.tell(Sent(rid=msg.rid, rank=0, seq=msg.seq))
+            self.scheduler.tell(KvSent(rid=msg.rid, rank=0, seq=msg.seq))
 
     def write(self, epoch: int, start: int, entries: list[tuple[int, int, int]]) -> None:
         wanted = self.imports[epoch]
@@ -80,7 +80,7 @@ class Mover(Actor[Any]):
             self.device.store[slot] = entry
         self.arrived[epoch] += len(entries)
         if self.arrived[epoch] == wanted.length - wanted.hit:
-            self.scheduler.tell(Arrived(epoch, 0))
+            self.scheduler.tell(KvArrived(epoch, 0))
 
 
 class Agent(Actor[Any]):
@@ -128,15 +128,15 @@ async def serve(asked: list[tuple[list[int], SamplingParams]], encode_local: boo
     def from_prefill(msg: Any) -> None:
         if isinstance(msg, Tokens):
             heard(msg)
-        elif msg.reason is Reason.MOVED:
-            d.ref.tell(Begin(msg.rid, tokens[msg.rid][-1]), urgent=True)
+        elif msg.reason is FinishReason.MOVED:
+            d.ref.tell(BeginDecode(msg.rid, tokens[msg.rid][-1]), urgent=True)
         else:
             ended(msg)
 
     def from_decode(msg: Any) -> None:
-        if isinstance(msg, Placed):
+        if isinstance(msg, ImportPlaced):
             prompt, params = asked[msg.rid]
-            to = Destination(
+            to = KvDestination(
                 node="d", epoch=msg.rid, hit=msg.hit, length=msg.length, addresses=("",), wire=WIRE
             )
             p.ref.tell(Submit(rid=msg.rid, prompt=i32(prompt), params=params, exports=to))

@@ -10,11 +10,11 @@ import zmq
 
 from asyncllm.actors.base import Actor
 from asyncllm.actors.channel import Channel
-from asyncllm.actors.peers import Beat, Greeting, Received
+from asyncllm.actors.peer_messages import PeerHeartbeat, PeerHello, PeerMessage
 from asyncllm.actors.system import ActorSystem
-from asyncllm.actors.transport import Keys, Wire, frame_head
+from asyncllm.actors.transport import CurveKeys, TransportSettings, frame_head
 from asyncllm.codec import encode, protocol
-from asyncllm.messages import Gone
+from asyncllm.messages import EndpointGone
 from tests.actors.test_channel import End, a_card, running, until
 from tests.actors.test_transport import run
 from tests.raw import mutated, offer, push, raw, scream
@@ -26,7 +26,7 @@ HONEST = 10**12  # numbers that no mutation comes upon
 class Keeper(Actor[Any]):
     """Keeps what comes, from whomever."""
 
-    remote = foreign = frozenset({Gone})
+    remote = foreign = frozenset({EndpointGone})
 
     def __init__(self) -> None:
         super().__init__("owner")
@@ -36,8 +36,8 @@ class Keeper(Actor[Any]):
     def receive(self, batch: list[Any]) -> None:
         for msg in batch:
             self.told += 1
-            msg = msg.msg if isinstance(msg, Received) else msg
-            if isinstance(msg, Gone) and msg.endpoint >= HONEST:
+            msg = msg.msg if isinstance(msg, PeerMessage) else msg
+            if isinstance(msg, EndpointGone) and msg.endpoint >= HONEST:
                 self.got.append(msg.endpoint)
 
 
@@ -45,10 +45,10 @@ class Door(End):
     """A port of one of two kinds, and an honest process that tells it something."""
 
     def __init__(self, kind: str) -> None:
-        self.keys = Keys.make()
+        self.keys = CurveKeys.make()
         self.wired = kind == "messages"
         if self.wired:
-            self.system = ActorSystem(0, Wire("tcp://127.0.0.1:*", self.keys))
+            self.system = ActorSystem(0, TransportSettings("tcp://127.0.0.1:*", self.keys))
             self.port, self.sort = int(self.system.address.rpartition(":")[2]), zmq.PUSH
         else:
             self.channel = Channel(a_card("pd_master"), (self.keys,))
@@ -66,19 +66,19 @@ class Door(End):
         """What the honest one says comes through."""
         said = HONEST + number
         if self.wired:
-            push(self.address, self.keys, [frame_head("owner", False) + encode(Gone(said))])
+            push(self.address, self.keys, [frame_head("owner", False) + encode(EndpointGone(said))])
         else:
             await until(lambda: self.honest.owner.joined)
             self.honest.tell(said)
         await until(lambda: self.keeper.got and self.keeper.got[-1] == said)
 
-    def assail(self, draw: random.Random, keys: Keys | None) -> None:
+    def assail(self, draw: random.Random, keys: CurveKeys | None) -> None:
         """Mutated frames and random ones, from several sockets."""
         control = frame_head(f"#{protocol()}", True)
         valid = [
-            control + encode(Greeting(a_card())),
-            control + encode(Beat()),
-            frame_head("owner", False) + encode(Gone(1)),
+            control + encode(PeerHello(a_card())),
+            control + encode(PeerHeartbeat()),
+            frame_head("owner", False) + encode(EndpointGone(1)),
         ]
         for _ in range(4):
             with raw(self.address, keys, self.sort, linger_ms=500) as sock:
@@ -97,7 +97,7 @@ def test_noise_reaches_no_actor_without_the_key_and_harms_nobody_with_it(kind: s
             await door.hears(1)
             told = door.keeper.told
             scream("127.0.0.1", door.port, draw, 20)
-            for keys in (None, Keys.make()):
+            for keys in (None, CurveKeys.make()):
                 door.assail(draw, keys)
             await door.hears(2)
             assert door.keeper.told == told + 1

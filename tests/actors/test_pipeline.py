@@ -18,18 +18,18 @@ from asyncllm.actors.runner import Runner
 from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.system import ActorSystem
 from asyncllm.codec import i32
-from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.core.request import FinishReason, SamplingParams
 from asyncllm.messages import (
     FRONTEND_SHIFT,
     Abort,
     AllocatorStats,
     Drain,
     Drained,
+    EndpointGone,
     Finished,
-    Gone,
     LaunchDue,
     Probe,
-    Reserve,
+    ReserveSlots,
     SchedulerStats,
     StepPlan,
     StopHit,
@@ -49,8 +49,8 @@ def test_abort_between_reserve_and_grant_neither_hangs_nor_frees_twice() -> None
     world.settle("scheduler")
     world.run()
     world.check_end()
-    assert world.finished[1].reason == Reason.ABORT
-    assert world.finished[2].reason == Reason.LENGTH
+    assert world.finished[1].reason == FinishReason.ABORT
+    assert world.finished[2].reason == FinishReason.LENGTH
 
 
 def test_requests_of_a_process_that_has_gone_end_untold_and_late_ones_are_ignored() -> None:
@@ -60,13 +60,13 @@ def test_requests_of_a_process_that_has_gone_end_untold_and_late_ones_are_ignore
     world.submit(theirs, [2] * 6, max_new_tokens=20)
     world.submit(theirs + 1, [3] * 30, max_new_tokens=20)  # waits
     world.settle("scheduler", "allocator", "runner")
-    world.tell(Gone(1), urgent=True)
+    world.tell(EndpointGone(1), urgent=True)
     world.submit(theirs + 2, [4] * 6, max_new_tokens=20)  # sent before its end
     world.run()
     assert set(world.core.requests) == set()
     assert set(world.finished) == {1}
     assert world.ledger.used == 0
-    assert world.finished[1].reason == Reason.LENGTH
+    assert world.finished[1].reason == FinishReason.LENGTH
 
 
 def decoding(step_ms: float) -> World:
@@ -148,7 +148,7 @@ def test_two_running_requests_on_a_full_kv_finish() -> None:
     world.run()
     world.check_end()
     assert world.core.preemptions >= 1
-    assert [world.finished[rid].reason for rid in (1, 2)] == [Reason.LENGTH] * 2
+    assert [world.finished[rid].reason for rid in (1, 2)] == [FinishReason.LENGTH] * 2
 
 
 def test_requests_that_do_not_fit_do_not_make_the_actors_spin() -> None:
@@ -185,7 +185,7 @@ def test_a_request_tried_while_an_aborted_one_still_holds_its_slots_waits_for_it
     assert world.reserves == reserves
     world.run()
     world.check_end()
-    assert world.finished[2].reason == Reason.LENGTH
+    assert world.finished[2].reason == FinishReason.LENGTH
 
 
 def test_an_abort_in_the_batch_of_its_submit_ends_the_request() -> None:
@@ -194,7 +194,7 @@ def test_an_abort_in_the_batch_of_its_submit_ends_the_request() -> None:
     world.tell(Abort(1), urgent=True)
     world.run()
     world.check_end()
-    assert world.finished[1].reason == Reason.ABORT
+    assert world.finished[1].reason == FinishReason.ABORT
     assert not world.device.plans
 
 
@@ -204,11 +204,11 @@ def test_a_prompt_larger_than_the_kv_is_an_error_with_the_numbers_and_the_flags(
     world.submit(2, [1] * 4, max_new_tokens=1)
     world.run()
     end = world.finished[1]
-    assert (end.reason, end.failure.status) == (Reason.ERROR, 400)
+    assert (end.reason, end.failure.status) == (FinishReason.ERROR, 400)
     assert all(
         text in end.failure.detail for text in ("41", "40", "--max_total_token_num", "--mem_frac")
     )
-    assert world.finished[2].reason == Reason.LENGTH
+    assert world.finished[2].reason == FinishReason.LENGTH
 
 
 def test_a_request_that_outgrows_the_kv_alone_ends_with_an_error_after_its_tokens() -> None:
@@ -216,7 +216,7 @@ def test_a_request_that_outgrows_the_kv_alone_ends_with_an_error_after_its_token
     world.submit(1, [1] * 30, max_new_tokens=30)
     world.run()
     world.check_end()
-    assert world.finished[1].reason == Reason.ERROR
+    assert world.finished[1].reason == FinishReason.ERROR
     assert world.finished[1].num_tokens == len(world.tokens[1]) == 11  # 30 + 11 - 1 slots
 
 
@@ -226,7 +226,7 @@ def test_a_request_whose_duplicates_fill_the_kv_starts_afresh_instead_of_failing
     world.submit(2, [1] * 16 + [3] * 4, max_new_tokens=20)  # opened with the first: no hit
     world.run()
     world.check_end()
-    assert world.finished[2].reason == Reason.LENGTH
+    assert world.finished[2].reason == FinishReason.LENGTH
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -260,7 +260,7 @@ def test_a_score_only_request_samples_nothing_and_leaves_its_prompt_in_the_cache
     world.submit(1, list(range(20)), max_new_tokens=0)
     world.run()
     world.check_end()
-    assert world.finished[1].reason == Reason.LENGTH
+    assert world.finished[1].reason == FinishReason.LENGTH
     assert not any(any(plan.samples) for plan in world.device.plans)
     assert world.ledger.cached == 20
 
@@ -300,7 +300,7 @@ def test_a_stop_hit_ends_with_its_number_of_tokens() -> None:
     world.stop_after[1] = 4
     world.run()
     world.check_end()
-    assert (world.finished[1].reason, world.finished[1].num_tokens) == (Reason.STOP, 4)
+    assert (world.finished[1].reason, world.finished[1].num_tokens) == (FinishReason.STOP, 4)
     world.tell(StopHit(1, 4), urgent=True)
     world.tell(Abort(1), urgent=True)
     world.run()  # late ones are ignored
@@ -316,11 +316,11 @@ def test_drain_refuses_new_requests_and_finishes_the_others() -> None:
     world.submit(3, [1, 2, 3], max_new_tokens=5)
     world.settle("scheduler", "detokenizer")
     end = world.finished[3]
-    assert (end.reason, end.failure.status) == (Reason.ERROR, 503)
+    assert (end.reason, end.failure.status) == (FinishReason.ERROR, 503)
     assert end.failure.detail == "server is shutting down"
     assert not world.others
     world.run()
-    assert [world.finished[rid].reason for rid in (1, 2)] == [Reason.LENGTH] * 2
+    assert [world.finished[rid].reason for rid in (1, 2)] == [FinishReason.LENGTH] * 2
     assert world.others == [Drained("scheduler", 0)]
 
 
@@ -332,7 +332,7 @@ def test_drain_without_time_aborts_everything() -> None:
     world.tell(Drain(0.0), urgent=True)
     world.run()
     world.check_end()
-    assert [world.finished[rid].reason for rid in (1, 2)] == [Reason.ABORT] * 2
+    assert [world.finished[rid].reason for rid in (1, 2)] == [FinishReason.ABORT] * 2
     assert world.others == [Drained("scheduler", 0)]
 
 
@@ -481,4 +481,4 @@ def test_a_queue_that_does_not_fit_costs_few_reservations() -> None:
 
     device = FakeDevice()
     serve(requests(12, 10), device, num_slots=64, allocator=Counting)
-    assert count[Reserve.__name__] <= 2 * len(device.plans) + 20
+    assert count[ReserveSlots.__name__] <= 2 * len(device.plans) + 20

@@ -12,23 +12,30 @@ from contextlib import asynccontextmanager
 import pytest
 from torch._C._distributed_c10d import TCPStore
 
-from asyncllm.actors import finding
+from asyncllm.actors import peer_connector
 from asyncllm.actors.base import Actor
 from asyncllm.actors.channel import Channel
-from asyncllm.actors.guide import Guide
-from asyncllm.actors.peers import Card
+from asyncllm.actors.guide import ConfigServerClient
+from asyncllm.actors.peer_messages import PeerInfo
 from asyncllm.actors.registry import Registry
 from asyncllm.actors.system import ActorSystem
-from asyncllm.actors.transport import Keys
+from asyncllm.actors.transport import CurveKeys
 from asyncllm.codec import Message
-from asyncllm.core.metrics import Process
+from asyncllm.core.metrics import ProcessCounters
 from asyncllm.errors import StartupError
-from asyncllm.messages import Announce, AskMasters, Cancel, Claim, Masters, Seek
+from asyncllm.messages import (
+    AnnounceMaster,
+    AskMasters,
+    Cancel,
+    FindRendezvous,
+    LeasePort,
+    MasterList,
+)
 from asyncllm.server.config_server import open_store
 from asyncllm.server.lease import Lease
 from tests.actors.test_transport import run
 
-KEYS = Keys.make()
+KEYS = CurveKeys.make()
 DEAD_AFTER_S = 4.0
 WAIT_S = 15.0
 HTTP_PORT = 60088  # at which nobody is asked here
@@ -44,9 +51,9 @@ class Keeper(Actor[Message]):
     def receive(self, batch: list[Message]) -> None:
         self.got += batch
 
-    def last(self) -> Masters | None:
+    def last(self) -> MasterList | None:
         """The masters that it knows."""
-        return next((m for m in reversed(self.got) if isinstance(m, Masters)), None)
+        return next((m for m in reversed(self.got) if isinstance(m, MasterList)), None)
 
     def addresses(self) -> list[str] | None:
         known = self.last()
@@ -60,7 +67,7 @@ class Place:
     """One server."""
 
     def __init__(self, role: str, name: str) -> None:
-        self.channel = Channel(Card(role=role, name=name), (KEYS,), DEAD_AFTER_S)
+        self.channel = Channel(PeerInfo(role=role, name=name), (KEYS,), DEAD_AFTER_S)
         self.system = ActorSystem()
         self.task: asyncio.Task[None] | None = None
 
@@ -91,8 +98,8 @@ class Guided(Place):
 
     def __init__(self, role: str, name: str) -> None:
         super().__init__(role, name)
-        announces = Announce("10.0.0.1", 9001) if role == "pd_master" else None
-        self.guide = Guide(self.channel, ("127.0.0.1", HTTP_PORT), announces)
+        announces = AnnounceMaster("10.0.0.1", 9001) if role == "pd_master" else None
+        self.guide = ConfigServerClient(self.channel, ("127.0.0.1", HTTP_PORT), announces)
         self.owner, self.front = Keeper("owner"), Keeper("frontend")
         self.watchdog, self.agent = Keeper("watchdog"), Keeper("agent")
         for actor in (self.guide, self.owner, self.front, self.watchdog, self.agent):
@@ -127,7 +134,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
             await asyncio.sleep(0.01)
         return ports[-1]
 
-    monkeypatch.setattr(finding, "find_channel", find_channel)
+    monkeypatch.setattr(peer_connector, "find_channel", find_channel)
     return ports.append
 
 
@@ -182,12 +189,12 @@ def test_what_a_config_server_knew_comes_back_after_its_restart(
 def test_who_was_told_a_port_at_which_nobody_is_asks_again(
     found: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finding, "JOIN_S", 0.5)
+    monkeypatch.setattr(peer_connector, "JOIN_S", 0.5)
 
     async def go() -> None:
         found(unused_port())  # of a config_server that has gone
         server, one, port = ConfigServer(), Guided("pd_master", "m:1"), unused_port()
-        lease = a_lease("normal a:1", Claim(port=port, host="127.0.0.1"))
+        lease = a_lease("normal a:1", LeasePort(port=port, host="127.0.0.1"))
         async with all_of(server, one):
             asked = asyncio.get_running_loop().run_in_executor(None, lease.take, WAIT_S)
             await asyncio.sleep(0.3)
@@ -237,7 +244,7 @@ def test_a_master_that_has_started_anew_takes_the_place_of_what_it_was(
 
 def test_who_is_there_and_who_has_gone_are_counted(found: Callable[[int], None]) -> None:
     def value(series: str) -> float:
-        process = Process([("registry", 3, 0.5, 0.25)], dead_letters=4, strangers=2)
+        process = ProcessCounters([("registry", 3, 0.5, 0.25)], dead_letters=4, strangers=2)
         lines = server.registry.registered(process).exposition().decode().splitlines()
         (line,) = (line for line in lines if line.startswith(f"asyncllm_{series} "))
         return float(line.rpartition(" ")[2])
@@ -255,7 +262,7 @@ def test_who_is_there_and_who_has_gone_are_counted(found: Callable[[int], None])
         assert members("pd_master") == members("decode") == (0, 0)
         one, node = Guided("pd_master", "m:1"), Guided("decode", "d:1")
         lease, other = (
-            a_lease(f"normal {name}:1", Claim(port=port, host="127.0.0.1")) for name in "ab"
+            a_lease(f"normal {name}:1", LeasePort(port=port, host="127.0.0.1")) for name in "ab"
         )
         async with all_of(server, node):
             async with all_of(one):
@@ -292,8 +299,8 @@ def test_who_may_not_register_is_told_so(found: Callable[[int], None]) -> None:
 # -- where ranks meet ------------------------------------------------------------------------------
 
 
-def a_lease(name: str, asks: Claim | Seek) -> Lease:
-    channel = Channel(Card(role="group", name=name), (KEYS,), DEAD_AFTER_S)
+def a_lease(name: str, asks: LeasePort | FindRendezvous) -> Lease:
+    channel = Channel(PeerInfo(role="group", name=name), (KEYS,), DEAD_AFTER_S)
     return Lease(channel, ("127.0.0.1", HTTP_PORT), asks)
 
 
@@ -307,10 +314,10 @@ def test_a_port_is_one_servers_until_it_goes(found: Callable[[int], None]) -> No
         server, port = ConfigServer(), unused_port()
         found(server.channel.port)
         loop, pool = asyncio.get_running_loop(), ThreadPoolExecutor()
-        claim = Claim(port=port, host="127.0.0.1", meets="10.0.0.1")
+        claim = LeasePort(port=port, host="127.0.0.1", meets="10.0.0.1")
         first, second = a_lease("normal a:1", claim), a_lease("normal b:1", claim)
         async with all_of(server):
-            sought = a_lease("normal a:2", Seek(port))
+            sought = a_lease("normal a:2", FindRendezvous(port))
             where = loop.run_in_executor(pool, sought.take, WAIT_S)  # before anybody is there
             assert await loop.run_in_executor(pool, first.take, WAIT_S) == ""
             assert await where == "10.0.0.1"
@@ -343,7 +350,7 @@ def test_ranks_that_have_met_keep_their_port_through_a_restart(
         server, port = ConfigServer(), unused_port()
         found(server.channel.port)
         loop, pool = asyncio.get_running_loop(), ThreadPoolExecutor()
-        claim = Claim(port=port, host="127.0.0.1")
+        claim = LeasePort(port=port, host="127.0.0.1")
         lease, other = a_lease("normal a:1", claim), a_lease("normal b:1", claim)
         await loop.run_in_executor(pool, lease.take, WAIT_S)
         found(0)
@@ -370,7 +377,7 @@ def test_a_port_that_cannot_be_used_is_named(found: Callable[[int], None]) -> No
         loop = asyncio.get_running_loop()
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = int(taken.getsockname()[1])
-            lease = a_lease("normal a:1", Claim(port=port, host="127.0.0.1"))
+            lease = a_lease("normal a:1", LeasePort(port=port, host="127.0.0.1"))
             async with all_of(server):
                 with pytest.raises(
                     StartupError, match=rf"127.0.0.1:{port}: Address already in use"
@@ -382,7 +389,7 @@ def test_a_port_that_cannot_be_used_is_named(found: Callable[[int], None]) -> No
 
 
 def test_nobody_waits_for_ever_for_a_config_server() -> None:
-    lease = a_lease("normal a:1", Claim(port=28765, host="127.0.0.1"))
+    lease = a_lease("normal a:1", LeasePort(port=28765, host="127.0.0.1"))
     with pytest.raises(StartupError, match=rf"127.0.0.1:{HTTP_PORT}: no config_server has answ"):
         lease.take(0.1)
     lease.close()

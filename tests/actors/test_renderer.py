@@ -14,11 +14,11 @@ import uvloop
 
 from asyncllm import templates
 from asyncllm.actors import renderer as module
-from asyncllm.actors.renderer import Renderer
+from asyncllm.actors.renderer import TemplateRenderer
 from asyncllm.api.parsing.output_parser import dialect_of
 from asyncllm.control_tokens import ControlTokens
 from asyncllm.errors import RequestError, StartupError
-from asyncllm.templates import Chats
+from asyncllm.templates import TemplateSet
 from tests.e2e.process import alive, wait_until
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -38,9 +38,11 @@ def chat(content: str, **kwargs: Any) -> bytes:
     return json.dumps({"messages": messages, "tools": None, "kwargs": kwargs}).encode()
 
 
-def play(work: Callable[[Renderer], Awaitable[Any]], render_s: float = 20.0) -> Any:
+def play(work: Callable[[TemplateRenderer], Awaitable[Any]], render_s: float = 20.0) -> Any:
     async def main() -> Any:
-        renderer = Renderer(Chats({"default": TEMPLATE}, {"bos_token": "B"}), render_s=render_s)
+        renderer = TemplateRenderer(
+            TemplateSet({"default": TEMPLATE}, {"bos_token": "B"}), render_s=render_s
+        )
         try:
             async with asyncio.timeout(60):
                 return await work(renderer)
@@ -50,17 +52,17 @@ def play(work: Callable[[Renderer], Awaitable[Any]], render_s: float = 20.0) -> 
     return uvloop.run(main())
 
 
-async def ask(renderer: Renderer, content: str, **kwargs: Any) -> list[Any]:
+async def ask(renderer: TemplateRenderer, content: str, **kwargs: Any) -> list[Any]:
     return templates.unpack(await renderer.render(chat(content, **kwargs)))
 
 
-def pid(renderer: Renderer) -> int:
+def pid(renderer: TemplateRenderer) -> int:
     assert renderer._helper is not None
     return renderer._helper.process.pid
 
 
 def test_prompts_heads_and_refusals() -> None:
-    async def work(renderer: Renderer) -> list[list[Any]]:
+    async def work(renderer: TemplateRenderer) -> list[list[Any]]:
         return [
             await ask(renderer, "é\ud800" + 300 * "y"),
             await ask(renderer, "Hi", continue_final_message=True),
@@ -82,7 +84,7 @@ def test_prompts_heads_and_refusals() -> None:
 
 @pytest.mark.parametrize("content", ["loop", "power"])
 def test_what_takes_too_long_is_killed_and_others_are_rendered(content: str) -> None:
-    async def work(renderer: Renderer) -> list[Any]:
+    async def work(renderer: TemplateRenderer) -> list[Any]:
         first = await ask(renderer, "a")
         before = pid(renderer)
         renderer._render_s = 0.3
@@ -104,7 +106,7 @@ def test_a_helper_that_dies_is_replaced_until_it_dies_all_the_time(
 ) -> None:
     monkeypatch.setattr(module, "MOST_DEATHS", 2)
 
-    async def work(renderer: Renderer) -> list[RequestError]:
+    async def work(renderer: TemplateRenderer) -> list[RequestError]:
         errors = []
         for _ in range(3):
             try:
@@ -124,7 +126,7 @@ def test_a_helper_that_dies_is_replaced_until_it_dies_all_the_time(
 
 
 def test_an_idle_helper_takes_no_part_in_a_stop() -> None:
-    async def work(renderer: Renderer) -> int:
+    async def work(renderer: TemplateRenderer) -> int:
         renderer.start()
         return pid(renderer)
 
@@ -170,9 +172,9 @@ def test_the_dialect_is_what_the_templates_show() -> None:
         "default": "{{ messages }}<think></think>{{ mode }}",
         "tool_use": "{{ tools }}<tool_call>",
     }
-    found, _ = templates.read_dialect(Chats(some, {"bos_token": "<s>"}), None, None)
+    found, _ = templates.read_dialect(TemplateSet(some, {"bos_token": "<s>"}), None, None)
     assert found.variables == {"messages", "mode", "tools"}
-    assert found == templates.read_dialect(Chats(some, {}), "qwen25", "think")[0]
+    assert found == templates.read_dialect(TemplateSet(some, {}), "qwen25", "think")[0]
     assert (found.calls, found.reasoning) == ("qwen25", "think")
     assert dialect_of(some).calls == found.calls
 
@@ -193,7 +195,7 @@ def test_the_dialect_is_what_the_templates_show() -> None:
 )  # fmt: skip
 def test_roles_that_a_template_knows(template: str, known: set[str]) -> None:
     controls = ControlTokens({"<|observation|>": False, "<|im_start|>": False, "</s>": False})
-    made = Chats({"default": template}, {}, controls)
+    made = TemplateSet({"default": template}, {}, controls)
     assert templates.read_dialect(made)[0].roles == known
 
 
@@ -207,5 +209,5 @@ def test_roles_that_a_template_knows(template: str, known: set[str]) -> None:
 )
 def test_a_bad_template_is_told_in_a_line(template: str, told: str) -> None:
     with pytest.raises(StartupError, match=told) as caught:
-        templates.read_dialect(Chats({"default": template}, {}), seconds=2.0)
+        templates.read_dialect(TemplateSet({"default": template}, {}), seconds=2.0)
     assert "\n" not in str(caught.value)

@@ -17,8 +17,8 @@ from asyncllm.actors.system import ActorSystem
 from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
 from asyncllm.errors import ActorCrashed, PlanOutOfOrder
-from asyncllm.messages import Probe, RunnerStats, StepDone, StepOver, StepPlan
-from asyncllm.records import Opened
+from asyncllm.messages import Probe, RunnerStats, StepDone, StepFinished, StepPlan
+from asyncllm.records import OpenedLane
 from tests.actors.fake_device import FakeDevice
 
 
@@ -42,7 +42,7 @@ class Sink(Actor[Any]):
 
 def plan(step: int) -> StepPlan:
     """Step ``step`` of a lane whose prompt is one token."""
-    opened = [Opened(0, 1, SamplingParams(max_new_tokens=99), i32([]))] if step == 1 else []
+    opened = [OpenedLane(0, 1, SamplingParams(max_new_tokens=99), i32([]))] if step == 1 else []
     token = 5 if step == 1 else -1
     columns = (i32([0]), i32([step - 1]), i32([1]), i32([0]), i32([step]), i32([token]))
     return StepPlan(step, 1, *columns, bytearray(b"\1"), opened)
@@ -100,7 +100,7 @@ def test_a_plan_out_of_order_is_fatal(step: int) -> None:
 
 
 def test_a_step_that_fails_on_the_device_ends_the_system() -> None:
-    class Lost:
+    class ServerLost:
         gap_ms: float | None = None
 
         def wait(self) -> StepDone:
@@ -108,7 +108,7 @@ def test_a_step_that_fails_on_the_device_ends_the_system() -> None:
 
     class Device(FakeDevice):
         def launch(self, plan: StepPlan) -> Any:
-            return Lost()
+            return ServerLost()
 
     async def act(system: ActorSystem, runner: Runner, sink: Sink) -> None:
         system.ref("runner").tell(plan(1))
@@ -229,4 +229,4 @@ def test_kv_transfer_is_told_which_steps_are_over_on_followers_too() -> None:
         await asyncio.wait_for(system.run(), 10)
         return transfer.got
 
-    assert uvloop.run(go()) == [StepOver(1), StepOver(2)]
+    assert uvloop.run(go()) == [StepFinished(1), StepFinished(2)]

@@ -15,7 +15,7 @@ from asyncllm.actors import system as system_module
 from asyncllm.actors.base import Actor, MailboxFull
 from asyncllm.actors.system import ActorSystem
 from asyncllm.errors import ActorCrashed, PeerLost, StartupError
-from asyncllm.messages import Abort, Gone, Halt, Started
+from asyncllm.messages import Abort, EndpointGone, Halt, Started
 
 Step = Callable[["Probe", Any], None]
 
@@ -68,15 +68,15 @@ def boom(actor: Probe, msg: Any) -> None:
 def test_messages_of_one_sender_stay_in_order(encode_local: bool) -> None:
     async def go() -> Probe:
         system = ActorSystem(encode_local=encode_local)
-        probe = Probe("probe", lambda p, m: p.system.stop() if m == Gone(499) else None)
+        probe = Probe("probe", lambda p, m: p.system.stop() if m == EndpointGone(499) else None)
         ref = system.add(probe)
         for i in range(500):
-            ref.tell(Gone(i))
+            ref.tell(EndpointGone(i))
         await system.run()
         return probe
 
     probe = run(go())
-    assert probe.got == [Gone(i) for i in range(500)]
+    assert probe.got == [EndpointGone(i) for i in range(500)]
     assert probe.busy_s > 0
     assert probe.depth == 0
 
@@ -85,7 +85,7 @@ def test_encode_local_hands_over_a_copy() -> None:
     async def go(encode_local: bool) -> bool:
         system = ActorSystem(encode_local=encode_local)
         probe = Probe("probe", lambda p, m: p.system.stop())
-        sent = Gone(1)
+        sent = EndpointGone(1)
         system.add(probe).tell(sent)
         await system.run()
         return probe.got[0] is sent
@@ -100,19 +100,19 @@ def test_urgent_messages_are_never_refused_and_keep_their_place() -> None:
         probe = Probe("probe", boom)
         probe.capacity = 2
         ref = system.add(probe)
-        ref.tell(Gone(1))
-        ref.tell(Gone(2))
+        ref.tell(EndpointGone(1))
+        ref.tell(EndpointGone(2))
         with pytest.raises(MailboxFull, match="probe"):
-            ref.tell(Gone(3))
+            ref.tell(EndpointGone(3))
         ref.tell(Started(), urgent=True)
         with pytest.raises(MailboxFull, match="probe"):
-            ref.tell(Gone(3))
+            ref.tell(EndpointGone(3))
         ref.tell(Halt(), urgent=True)
         assert probe.depth == 4
         await system.run()
         return probe.got
 
-    assert run(go()) == [Gone(1), Gone(2), Started(), Halt()]
+    assert run(go()) == [EndpointGone(1), EndpointGone(2), Started(), Halt()]
 
 
 def test_a_full_mailbox_here_raises_at_the_teller() -> None:
@@ -123,9 +123,9 @@ def test_a_full_mailbox_here_raises_at_the_teller() -> None:
 
         def flood(actor: Probe, msg: Any) -> None:
             target = actor.system.ref("slow")
-            target.tell(Gone(1))
+            target.tell(EndpointGone(1))
             try:
-                target.tell(Gone(2))
+                target.tell(EndpointGone(2))
             except MailboxFull:
                 actor.life.append("refused")
             actor.system.stop()
@@ -163,7 +163,7 @@ def test_a_message_for_a_name_that_is_gone_is_counted_and_logged(
 ) -> None:
     async def go() -> int:
         system = ActorSystem()
-        system.ref("nobody").tell(Gone(1))
+        system.ref("nobody").tell(EndpointGone(1))
         system.stop()
         await system.run()
         return system.dead_letters
@@ -198,7 +198,7 @@ def test_a_crash_that_is_not_vital_ends_the_actor_once_and_makes_dead_letters() 
 
         def after(actor: Probe, msg: Any) -> None:
             if isinstance(msg, Started):  # weak has crashed by now
-                ref.tell(Gone(5))
+                ref.tell(EndpointGone(5))
                 actor.system.ref("strong").tell(Halt())
             else:
                 actor.system.stop()
@@ -218,7 +218,7 @@ def test_a_crash_that_is_not_vital_ends_the_actor_once_and_makes_dead_letters() 
 
 def test_what_waits_for_an_actor_that_crashed_is_a_dead_letter() -> None:
     def act(actor: Probe, msg: Any) -> None:
-        actor.system.ref(actor.name).tell(Gone(1))
+        actor.system.ref(actor.name).tell(EndpointGone(1))
         raise RuntimeError("boom")
 
     async def go() -> int:
@@ -290,7 +290,7 @@ def test_no_handler_runs_after_stop_or_crash() -> None:
         other = Probe("other")
 
         def act(actor: Probe, msg: Any) -> None:
-            actor.system.ref("other").tell(Gone(1))
+            actor.system.ref("other").tell(EndpointGone(1))
             boom(actor, msg)
 
         class Waits(Probe):
@@ -494,11 +494,11 @@ def test_the_longest_callback_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def act(probe: Probe, msg: Any) -> None:
         match msg:
-            case Gone(0):
+            case EndpointGone(0):
                 use(3)
-            case Gone(1):
+            case EndpointGone(1):
                 probe.spawn(work(1, 4, 2))
-            case Gone(2):
+            case EndpointGone(2):
                 use(1, waiting=9)
 
     async def go() -> list[float]:
@@ -508,7 +508,7 @@ def test_the_longest_callback_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
         running = asyncio.create_task(system.run())
         seen = []
         for i in range(3):
-            ref.tell(Gone(i))
+            ref.tell(EndpointGone(i))
             for _ in range(9):
                 await asyncio.sleep(0)
             seen.append(probe.take_longest())

@@ -18,27 +18,27 @@ from asyncllm.actors import tokenizer as module
 from asyncllm.actors.base import Actor
 from asyncllm.actors.system import ActorSystem
 from asyncllm.codec import i32
-from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.core.request import FinishReason, SamplingParams
 from asyncllm.messages import (
     Abort,
     Accepted,
-    Count,
-    Counted,
+    CountTokens,
     Finished,
     OpenTextStream,
-    Prepared,
+    PromptEncoded,
     Submit,
     Tokenize,
+    TokensCounted,
 )
 from asyncllm.records import Overflow
-from asyncllm.text import Text, load_tokenizer
+from asyncllm.text import ModelTokenizer, load_tokenizer
 from tests.actors.fake_renderer import FakeRenderer
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] + m.content }}{% endfor %}"
 LIMIT = 20
 
 
-def make_text(folder: Path, template: str | None = TEMPLATE) -> Text:
+def make_text(folder: Path, template: str | None = TEMPLATE) -> ModelTokenizer:
     """Byte-level, one id per byte, but none for "q"; <eos> last."""
     alphabet = sorted({*pre_tokenizers.ByteLevel.alphabet()} - {"q"})
     vocab = {c: i for i, c in enumerate(alphabet)}
@@ -53,7 +53,7 @@ def make_text(folder: Path, template: str | None = TEMPLATE) -> Text:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
+def text(tmp_path_factory: pytest.TempPathFactory) -> ModelTokenizer:
     return make_text(tmp_path_factory.mktemp("model"))
 
 
@@ -69,7 +69,7 @@ class Sink(Actor[Any]):
 
 
 def play(
-    text: Text,
+    text: ModelTokenizer,
     script: list[Any],
     *,
     answers: int,
@@ -126,11 +126,11 @@ def only(log: list[tuple[str, Any]]) -> Finished:
     ((name, msg),) = log
     assert name == "frontend"
     assert isinstance(msg, Finished)
-    assert msg.reason == Reason.ERROR
+    assert msg.reason == FinishReason.ERROR
     return msg
 
 
-def test_group_is_followed_submitted_and_accepted_in_this_order(text: Text) -> None:
+def test_group_is_followed_submitted_and_accepted_in_this_order(text: ModelTokenizer) -> None:
     asked = prompt(5, "hello", more=(6,), seed=40, stop=("x",), print_eos=True, max_new_tokens=None)
     log = play(text, [asked], answers=1)
     ids = text.encode("hello", False)
@@ -155,7 +155,7 @@ def test_group_is_followed_submitted_and_accepted_in_this_order(text: Text) -> N
     ],
 )
 def test_the_models_own_limit_counts_where_a_request_has_none(
-    text: Text, params: dict[str, Any], room: int
+    text: ModelTokenizer, params: dict[str, Any], room: int
 ) -> None:
     log = play(text, [prompt(text="hello", **params)], answers=1, most_new=4)
     assert log[1][1].params.max_new_tokens == room
@@ -163,7 +163,7 @@ def test_the_models_own_limit_counts_where_a_request_has_none(
     assert log[1][1].params.max_new_tokens == LIMIT - 5
 
 
-def test_ids_pass_as_they_are_and_only_their_tail_is_followed(text: Text) -> None:
+def test_ids_pass_as_they_are_and_only_their_tail_is_followed(text: ModelTokenizer) -> None:
     log = play(text, [prompt(ids=list(range(15)), max_new_tokens=5)], answers=1)
     assert log[0][1].prompt_tail.tolist() == list(range(7, 15))
     assert log[1][1].prompt.tolist() == list(range(15))
@@ -171,13 +171,15 @@ def test_ids_pass_as_they_are_and_only_their_tail_is_followed(text: Text) -> Non
 
 
 @pytest.mark.parametrize("asked", [prompt(text=""), prompt(ids=[]), prompt(text="qq")])
-def test_empty_prompt_is_refused_also_when_text_gives_no_ids(text: Text, asked: Tokenize) -> None:
+def test_empty_prompt_is_refused_also_when_text_gives_no_ids(
+    text: ModelTokenizer, asked: Tokenize
+) -> None:
     refusal = only(play(text, [asked], answers=1))
     assert (refusal.failure.detail, refusal.failure.status) == ("prompt is empty", 400)
 
 
 @pytest.mark.parametrize("bad", [-1, 256, 2**31 - 1])
-def test_id_outside_the_vocabulary_is_named(text: Text, bad: int) -> None:
+def test_id_outside_the_vocabulary_is_named(text: ModelTokenizer, bad: int) -> None:
     refusal = only(play(text, [prompt(ids=[1, bad, 2])], answers=1))
     assert f"token id {bad} is not in the vocabulary (0 to 255)" in refusal.failure.detail
     assert refusal.failure.status == 400
@@ -185,7 +187,7 @@ def test_id_outside_the_vocabulary_is_named(text: Text, bad: int) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"truncation": "head"}])
 def test_a_prediction_is_encoded_and_may_be_as_long_as_the_context(
-    text: Text, options: dict[str, Any]
+    text: ModelTokenizer, options: dict[str, Any]
 ) -> None:
     chat = {"messages": [{"role": "user", "content": "a"}], "tools": None, "kwargs": {}}
     asked = replace(prompt(chat=chat, max_new_tokens=2, more=(2,)), prediction="b" * 20)
@@ -199,7 +201,7 @@ def test_a_prediction_is_encoded_and_may_be_as_long_as_the_context(
         assert refusal.failure.status == 400
 
 
-def test_prompt_over_the_limit_gives_the_numbers(text: Text) -> None:
+def test_prompt_over_the_limit_gives_the_numbers(text: ModelTokenizer) -> None:
     refusal = only(play(text, [prompt(text="a" * 21)], answers=1))
     assert refusal.failure.detail == (
         "This model's maximum context length is 20 tokens. This prompt exceeds the context window:"
@@ -209,7 +211,7 @@ def test_prompt_over_the_limit_gives_the_numbers(text: Text) -> None:
     assert (refusal.failure.code, refusal.failure.status) == ("context_length_exceeded", 400)
 
 
-def test_prompt_that_leaves_no_room_is_refused_unless_it_wants_none(text: Text) -> None:
+def test_prompt_that_leaves_no_room_is_refused_unless_it_wants_none(text: ModelTokenizer) -> None:
     full = "a" * 20
     assert (
         "exceeds the context window"
@@ -219,7 +221,7 @@ def test_prompt_that_leaves_no_room_is_refused_unless_it_wants_none(text: Text) 
     assert isinstance(log[-1][1], Accepted)
 
 
-def test_prompt_and_max_tokens_over_the_limit_give_the_sum(text: Text) -> None:
+def test_prompt_and_max_tokens_over_the_limit_give_the_sum(text: ModelTokenizer) -> None:
     refusal = only(play(text, [prompt(text="a" * 12, max_new_tokens=9)], answers=1))
     assert refusal.failure.detail == (
         "This model's maximum context length is 20 tokens. This request exceeds the context window:"
@@ -230,10 +232,10 @@ def test_prompt_and_max_tokens_over_the_limit_give_the_sum(text: Text) -> None:
 
 
 def test_hopelessly_long_text_is_refused_without_encoding(
-    text: Text, monkeypatch: pytest.MonkeyPatch
+    text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[str] = []
-    monkeypatch.setattr(Text, "encode", lambda self, some, special: encoded.append(some))
+    monkeypatch.setattr(ModelTokenizer, "encode", lambda self, some, special: encoded.append(some))
     refusal = only(play(text, [prompt(text="a" * 321)], answers=1))
     assert "exceeds the context window: 321 characters" in refusal.failure.detail
     assert refusal.failure.code == "context_length_exceeded"
@@ -242,7 +244,7 @@ def test_hopelessly_long_text_is_refused_without_encoding(
 
 @pytest.mark.parametrize("options", [{}, {"input_limit": 19}])
 def test_what_is_too_long_is_refused_without_a_thread(
-    text: Text, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    text: ModelTokenizer, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Texts and chats, to be answered or counted: 16 characters a token, as no token is longer."""
     monkeypatch.setattr(module.Tokenizer, "_start_some", lambda self: None)
@@ -255,7 +257,10 @@ def test_what_is_too_long_is_refused_without_a_thread(
         assert (refusal.failure.code, refusal.failure.status) == ("context_length_exceeded", 400)
         assert f"({flag})" in refusal.failure.detail
     most = 16 * options.get("input_limit", LIMIT)
-    for count, number in ((Count(3, long, True), 100_000), (Count(3, "", False, packed), 50_038)):
+    for count, number in (
+        (CountTokens(3, long, True), 100_000),
+        (CountTokens(3, "", False, packed), 50_038),
+    ):
         counted = play(text, [count], answers=1, **options)[0][1]
         assert counted.failure.status == 400
         assert counted.failure.code == "context_length_exceeded"
@@ -265,13 +270,13 @@ def test_what_is_too_long_is_refused_without_a_thread(
         assert f"({flag})" in counted.failure.detail
 
 
-def test_a_chat_that_its_template_makes_too_long_is_refused(text: Text) -> None:
+def test_a_chat_that_its_template_makes_too_long_is_refused(text: ModelTokenizer) -> None:
     messages = [{"role": "u" * 100, "content": "a"}]
     grows = "{% for m in messages %}{{ m.role * 10 }}{% endfor %}"
     wide = replace(text, templates={"default": grows})
     chat = {"messages": messages, "tools": None, "kwargs": {}}
     assert "1000 characters" in only(play(wide, [prompt(chat=chat)], answers=1)).failure.detail
-    counted = play(wide, [Count(3, "", False, json.dumps(chat).encode())], answers=1)[0][1]
+    counted = play(wide, [CountTokens(3, "", False, json.dumps(chat).encode())], answers=1)[0][1]
     assert "at least 1000 characters are too many to be counted" in counted.failure.detail
 
 
@@ -285,19 +290,19 @@ def test_a_chat_that_its_template_makes_too_long_is_refused(text: Text) -> None:
     ],
 )
 def test_of_long_texts_only_the_ends_are_encoded(
-    text: Text,
+    text: ModelTokenizer,
     asked: dict[str, Any],
     options: dict[str, Any],
     expected: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    encoded, original = [0], Text.encode
+    encoded, original = [0], ModelTokenizer.encode
 
-    def encode(self: Text, some: str, special: bool) -> Any:
+    def encode(self: ModelTokenizer, some: str, special: bool) -> Any:
         encoded[0] += len(some)
         return original(self, some, special)
 
-    monkeypatch.setattr(Text, "encode", encode)
+    monkeypatch.setattr(ModelTokenizer, "encode", encode)
     long = ABC + "-" * 1_000_000 + ABC
     chat = {"messages": [{"role": "", "content": long}], "tools": None, "kwargs": {}}
     plain = replace(text, templates={"default": "{{ messages[0].content }}"})
@@ -307,7 +312,7 @@ def test_of_long_texts_only_the_ends_are_encoded(
     assert encoded[0] < 10_000
 
 
-def test_a_shorter_prompt_that_is_too_long_is_refused_unseen(text: Text) -> None:
+def test_a_shorter_prompt_that_is_too_long_is_refused_unseen(text: ModelTokenizer) -> None:
     asked = replace(prompt(text="a" * 400, max_new_tokens=3), truncate=30)
     assert (
         "400 characters are at least 25 prompt tokens"
@@ -315,7 +320,7 @@ def test_a_shorter_prompt_that_is_too_long_is_refused_unseen(text: Text) -> None
     )
 
 
-def test_prompts_have_a_limit_of_their_own(text: Text) -> None:
+def test_prompts_have_a_limit_of_their_own(text: ModelTokenizer) -> None:
     refusal = only(play(text, [prompt(text="a" * 9)], answers=1, input_limit=8))
     assert refusal.failure.detail == (
         "This model's maximum context length is 20 tokens. This prompt exceeds the context window:"
@@ -344,7 +349,7 @@ ABC = "abcdefghijklmnopqrstuvwxyz".replace("q", "")  # 25 tokens of one characte
     ],
 )
 def test_long_prompts_are_truncated(
-    text: Text, mode: str, input_limit: int | None, most: int | None, expected: str
+    text: ModelTokenizer, mode: str, input_limit: int | None, most: int | None, expected: str
 ) -> None:
     options = {"truncation": mode, "input_limit": input_limit}
     for asked in (
@@ -361,12 +366,12 @@ def test_long_prompts_are_truncated(
         assert room == (LIMIT - len(expected) if most is None else most)
 
 
-def test_short_prompts_are_not_truncated(text: Text) -> None:
+def test_short_prompts_are_not_truncated(text: ModelTokenizer) -> None:
     log = play(text, [prompt(text="abc", max_new_tokens=3)], answers=1, truncation="center")
     assert (text.decode(log[-1][1].prompt), log[-1][1].cut) == ("abc", False)
 
 
-def test_truncation_cannot_make_room_for_too_many_tokens(text: Text) -> None:
+def test_truncation_cannot_make_room_for_too_many_tokens(text: ModelTokenizer) -> None:
     for most in (20, 30):
         asked = prompt(text="abc", max_new_tokens=most)
         refusal = only(play(text, [asked], answers=1, truncation="head"))
@@ -375,7 +380,7 @@ def test_truncation_cannot_make_room_for_too_many_tokens(text: Text) -> None:
         )
 
 
-def test_a_request_may_ask_for_a_shorter_prompt(text: Text) -> None:
+def test_a_request_may_ask_for_a_shorter_prompt(text: ModelTokenizer) -> None:
     asked = replace(prompt(text="a" * 330 + "bcd", max_new_tokens=3), truncate=4)
     accepted = play(text, [asked], answers=1)[-1][1]
     assert (text.decode(accepted.prompt), accepted.cut) == ("abcd", True)
@@ -388,7 +393,7 @@ def test_a_request_may_ask_for_a_shorter_prompt(text: Text) -> None:
      ("hello", b"", {"allowed_token_ids": (3,)}), ("hello", b"", {"prompt_logprobs": 0})],
 )  # fmt: skip
 def test_the_end_of_a_text_is_left_to_the_model(
-    text: Text, said: str, taken: bytes, params: dict[str, Any]
+    text: ModelTokenizer, said: str, taken: bytes, params: dict[str, Any]
 ) -> None:
     asked = prompt(text=said, max_new_tokens=3, **params)
     log = play(text, [asked], answers=1, heals=True)
@@ -403,7 +408,7 @@ def test_the_end_of_a_text_is_left_to_the_model(
     assert submit.params.max_new_tokens == 3
 
 
-def test_ids_and_chats_are_not_healed(text: Text) -> None:
+def test_ids_and_chats_are_not_healed(text: ModelTokenizer) -> None:
     chat = {"messages": [{"role": "user", "content": "hi"}], "tools": None, "kwargs": {}}
     for asked in (prompt(ids=[1, 2, 3]), prompt(chat=chat)):
         log = play(text, [asked], answers=1, heals=True)
@@ -411,14 +416,14 @@ def test_ids_and_chats_are_not_healed(text: Text) -> None:
         assert submit.healed == ()
 
 
-def test_chat_is_rendered_with_the_models_template(text: Text) -> None:
+def test_chat_is_rendered_with_the_models_template(text: ModelTokenizer) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     chat = {"messages": messages, "tools": None, "kwargs": {}}
     log = play(text, [prompt(chat=chat)], answers=1)
     assert text.decode(log[-1][1].prompt) == "uhiayo"
 
 
-def test_a_continued_message_ends_the_prompt(text: Text) -> None:
+def test_a_continued_message_ends_the_prompt(text: ModelTokenizer) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     kwargs = {"add_generation_prompt": False, "continue_final_message": True}
     chat = {"messages": messages, "tools": None, "kwargs": kwargs}
@@ -436,7 +441,7 @@ def test_a_continued_message_ends_the_prompt(text: Text) -> None:
     ],
 )
 def test_the_scheduler_is_told_where_an_answer_begins(
-    text: Text, said: str, continued: str, want: str
+    text: ModelTokenizer, said: str, continued: str, want: str
 ) -> None:
     kwargs = {"add_generation_prompt": False, "continue_final_message": bool(continued)}
     messages = [{"role": "user", "content": said}, {"role": "assistant", "content": continued}]
@@ -463,8 +468,8 @@ def test_template_refusal_is_the_clients_answer(tmp_path: Path) -> None:
     )
 
 
-def test_text_is_counted(text: Text) -> None:
-    log = play(text, [Count(3, "hello", True), Count(4, "", True)], answers=2)
+def test_text_is_counted(text: ModelTokenizer) -> None:
+    log = play(text, [CountTokens(3, "hello", True), CountTokens(4, "", True)], answers=2)
     told = {msg.query: text.decode(msg.ids) for _, msg in log}
     assert told == {3: "hello", 4: ""}
 
@@ -483,19 +488,19 @@ class Gate:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.opened = threading.Event(), threading.Event()
         self.calls: list[str] = []
-        original = Text.encode
+        original = ModelTokenizer.encode
 
-        def encode(text: Text, some: str, add_special_tokens: bool) -> Any:
+        def encode(text: ModelTokenizer, some: str, add_special_tokens: bool) -> Any:
             self.calls.append(some)
             self.reached.set()
             assert self.opened.wait(20)
             return original(text, some, add_special_tokens)
 
-        monkeypatch.setattr(Text, "encode", encode)
+        monkeypatch.setattr(ModelTokenizer, "encode", encode)
 
 
 def test_abort_of_a_pending_prompt_ends_it_without_a_submit(
-    text: Text, monkeypatch: pytest.MonkeyPatch
+    text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
 
@@ -529,21 +534,21 @@ def test_abort_of_a_pending_prompt_ends_it_without_a_submit(
 
     log = uvloop.run(main())
     ended = [m for _, m in log if isinstance(m, Finished)]
-    assert [(m.rid, m.reason) for m in ended] == [(r, Reason.ABORT) for r in (1, 2, 3)]
+    assert [(m.rid, m.reason) for m in ended] == [(r, FinishReason.ABORT) for r in (1, 2, 3)]
     assert [m.rid for _, m in log if isinstance(m, Submit)] == [4, 9]
     assert [m.rid for _, m in log if isinstance(m, OpenTextStream)] == [4, 9]
     assert gate.calls == ["a", "c", "d"]  # 2 never got a thread
 
 
 @pytest.mark.parametrize("asked", [prompt(1, "a"), prompt(1, "b" * 9), prompt(1, "")])
-def test_abort_in_the_batch_of_its_prompt_ends_it(text: Text, asked: Tokenize) -> None:
+def test_abort_in_the_batch_of_its_prompt_ends_it(text: ModelTokenizer, asked: Tokenize) -> None:
     log = play(text, [asked, prompt(2, ids=[1]), Abort(1)], answers=2)
     (ended,) = [m for _, m in log if isinstance(m, Finished)]
-    assert (ended.rid, ended.reason) == (1, Reason.ABORT)
+    assert (ended.rid, ended.reason) == (1, FinishReason.ABORT)
     assert [(type(m), m.rid) for name, m in log if name == "scheduler"] == [(Submit, 2)]
 
 
-def test_abort_of_what_has_been_submitted_follows_it_to_the_scheduler(text: Text) -> None:
+def test_abort_of_what_has_been_submitted_follows_it_to_the_scheduler(text: ModelTokenizer) -> None:
     script = [prompt(1, ids=[1], more=(2,)), Abort(2), prompt(3, ids=[1]), Abort(3), Abort(3)]
     log = play(text, script, answers=2)
     at_scheduler = [(type(m), m.rid) for name, m in log if name == "scheduler"]
@@ -554,7 +559,7 @@ def test_abort_of_what_has_been_submitted_follows_it_to_the_scheduler(text: Text
 
 @pytest.mark.parametrize("abort_first", [False, True])
 def test_abort_beside_ids_that_are_ready(
-    text: Text, monkeypatch: pytest.MonkeyPatch, abort_first: bool
+    text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch, abort_first: bool
 ) -> None:
     """Both wait in the mailbox: whichever came first, no Abort comes before its Submit."""
     log: list[tuple[str, Any]] = []
@@ -569,7 +574,7 @@ def test_abort_beside_ids_that_are_ready(
             monkeypatch.setattr(actor, "spawn", lambda work: work.close())
             actor.started()
             actor.receive([prompt(1, "a")])
-            batch = [Prepared(1, i32([1])), Abort(1)]
+            batch = [PromptEncoded(1, i32([1])), Abort(1)]
             actor.receive(batch[::-1] if abort_first else batch)
             await system.run()
 
@@ -585,7 +590,7 @@ def test_abort_beside_ids_that_are_ready(
 
 
 def test_late_encoding_is_answered_at_the_limit_and_keeps_its_thread(
-    text: Text, monkeypatch: pytest.MonkeyPatch
+    text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
     calls_at_refusal: list[list[str]] = []
@@ -609,11 +614,11 @@ def test_late_encoding_is_answered_at_the_limit_and_keeps_its_thread(
     assert [m.rid for _, m in log if isinstance(m, Accepted)] == [2]
 
 
-def test_full_queue_is_429(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_queue_is_429(text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
     log = play(
         text,
-        [prompt(1, "a"), prompt(2, "b"), prompt(3, "c"), Count(5, "d", True)],
+        [prompt(1, "a"), prompt(2, "b"), prompt(3, "c"), CountTokens(5, "d", True)],
         answers=4,
         on_answer=lambda msg: gate.opened.set(),
         max_queue=1,
@@ -622,13 +627,13 @@ def test_full_queue_is_429(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(m.rid, m.failure.status, m.failure.code) for m in refused] == [
         (3, 429, "rate_limit_exceeded")
     ]
-    (counted,) = [m for _, m in log if isinstance(m, Counted)]
+    (counted,) = [m for _, m in log if isinstance(m, TokensCounted)]
     assert counted.failure.status == 429
     assert "wait to be tokenized, at most 1 may" in counted.failure.detail
     assert [m.rid for _, m in log if isinstance(m, Accepted)] == [1, 2]
 
 
-def test_lone_surrogate_is_refused(text: Text) -> None:
+def test_lone_surrogate_is_refused(text: ModelTokenizer) -> None:
     """The codec cannot carry one, so this one is told without it."""
     log: list[tuple[str, Any]] = []
 
@@ -646,13 +651,13 @@ def test_lone_surrogate_is_refused(text: Text) -> None:
     assert "not valid Unicode" in only(log).failure.detail
 
 
-def test_seed_of_a_group_wraps_at_64_bits(text: Text) -> None:
+def test_seed_of_a_group_wraps_at_64_bits(text: ModelTokenizer) -> None:
     log = play(text, [prompt(1, "a", more=(2,), seed=2**63 - 1)], answers=1)
     seeds = [m.params.seed for _, m in log if isinstance(m, Submit)]
     assert seeds == [2**63 - 1, -(2**63)]
 
 
-def test_prompts_of_clients_wait_for_a_thread_in_turns(text: Text) -> None:
+def test_prompts_of_clients_wait_for_a_thread_in_turns(text: ModelTokenizer) -> None:
     """One client's line of texts does not hold up another's single one."""
     mine = [replace(prompt(rid, "hello"), client=1) for rid in range(1, 41)]
     log = play(text, [*mine, replace(prompt(50, "x"), client=2)], answers=41, workers=1)
@@ -661,13 +666,13 @@ def test_prompts_of_clients_wait_for_a_thread_in_turns(text: Text) -> None:
     assert {msg.client for name, msg in log if name == "scheduler"} == {1, 2}
 
 
-def test_texts_to_count_wait_in_turns_too(text: Text) -> None:
-    counts = [Count(i, "hello", False, None, 1) for i in range(40)]
-    log = play(text, [*counts, Count(50, "x", False, None, 2)], answers=41, workers=1)
+def test_texts_to_count_wait_in_turns_too(text: ModelTokenizer) -> None:
+    counts = [CountTokens(i, "hello", False, None, 1) for i in range(40)]
+    log = play(text, [*counts, CountTokens(50, "x", False, None, 2)], answers=41, workers=1)
     assert [msg.query for _, msg in log][:4] == [0, 1, 50, 2]
 
 
-def test_a_clients_share_of_the_line_is_half_while_others_wait(text: Text) -> None:
+def test_a_clients_share_of_the_line_is_half_while_others_wait(text: ModelTokenizer) -> None:
     def asked(rid: int, client: int) -> Tokenize:
         return replace(prompt(rid, "hello"), client=client)
 
@@ -679,7 +684,9 @@ def test_a_clients_share_of_the_line_is_half_while_others_wait(text: Text) -> No
     assert "half of them of one client while others wait" in refused[5].failure.detail
 
 
-def test_a_long_text_takes_several_places(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_text_takes_several_places(
+    text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those of short texts stay free for them."""
     monkeypatch.setattr(module, "PLACE_CHARS", 100)
     batch = [prompt(1, "a" * 100), prompt(2, "b" * 250), prompt(3, "c" * 150), prompt(4, "d" * 100)]
@@ -691,32 +698,34 @@ def test_a_long_text_takes_several_places(text: Text, monkeypatch: pytest.Monkey
 
 
 def test_what_has_been_given_up_keeps_nobody_out(
-    text: Text, monkeypatch: pytest.MonkeyPatch
+    text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "COUNT_S", -1.0)
     monkeypatch.setattr(module.Tokenizer, "_start_some", lambda self: None)
-    batch = [Count(1, "a", False), Count(2, "b", False), Count(3, "c", False)]
+    batch = [CountTokens(1, "a", False), CountTokens(2, "b", False), CountTokens(3, "c", False)]
     log = play(text, batch, answers=2, workers=1, max_queue=2, waiting=1)
-    assert [(m.query, m.failure.status) for _, m in log if isinstance(m, Counted)] == [
+    assert [(m.query, m.failure.status) for _, m in log if isinstance(m, TokensCounted)] == [
         (1, 503),
         (2, 503),
     ]
 
 
-def test_short_texts_do_not_wait_for_long_ones(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_texts_do_not_wait_for_long_ones(
+    text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of two threads one takes no long texts, though nothing else waits."""
     monkeypatch.setattr(module, "PLACE_CHARS", 10)
-    gate, encode = threading.Event(), Text.encode
+    gate, encode = threading.Event(), ModelTokenizer.encode
 
-    def held(self: Text, some: str, special: bool) -> Any:
+    def held(self: ModelTokenizer, some: str, special: bool) -> Any:
         assert len(some) < 10 or gate.wait(20)
         return encode(self, some, special)
 
-    monkeypatch.setattr(Text, "encode", held)
-    batch = [Count(i, "b" * 15, False) for i in range(4)]
-    batch += [Count(i, "a", False) for i in range(4, 8)]
+    monkeypatch.setattr(ModelTokenizer, "encode", held)
+    batch = [CountTokens(i, "b" * 15, False) for i in range(4)]
+    batch += [CountTokens(i, "a", False) for i in range(4, 8)]
 
-    def on_answer(msg: Counted) -> None:
+    def on_answer(msg: TokensCounted) -> None:
         if msg.query == 7:
             gate.set()
 
@@ -725,32 +734,34 @@ def test_short_texts_do_not_wait_for_long_ones(text: Text, monkeypatch: pytest.M
 
 
 def test_long_texts_come_to_their_turn_among_short_ones(
-    text: Text, monkeypatch: pytest.MonkeyPatch
+    text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "PLACE_CHARS", 10)
     texts = ["a", "a", "b" * 15, "a", "a", "b" * 15]
-    log = play(text, [Count(i, t, False) for i, t in enumerate(texts)], answers=6, workers=1)
+    log = play(text, [CountTokens(i, t, False) for i, t in enumerate(texts)], answers=6, workers=1)
     assert [msg.query for _, msg in log] == [0, 1, 2, 3, 4, 5]
 
 
-def test_what_has_been_given_up_is_not_counted(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_been_given_up_is_not_counted(
+    text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "COUNT_S", 0.05)
-    encode = Text.encode
+    encode = ModelTokenizer.encode
 
-    def slow(self: Text, some: str, special: bool) -> Any:
+    def slow(self: ModelTokenizer, some: str, special: bool) -> Any:
         threading.Event().wait(0.1)
         return encode(self, some, special)
 
-    monkeypatch.setattr(Text, "encode", slow)
-    batch = [Count(1, "a", False), Count(2, "b", False), prompt(3, "c")]
+    monkeypatch.setattr(ModelTokenizer, "encode", slow)
+    batch = [CountTokens(1, "a", False), CountTokens(2, "b", False), prompt(3, "c")]
     log = play(text, batch, answers=3, workers=1)
-    told = {m.query: m for _, m in log if isinstance(m, Counted)}
-    assert (told[1], told[2].failure.status) == (Counted(1, told[1].ids), 503)
+    told = {m.query: m for _, m in log if isinstance(m, TokensCounted)}
+    assert (told[1], told[2].failure.status) == (TokensCounted(1, told[1].ids), 503)
     assert [m.rid for _, m in log if isinstance(m, Accepted)] == [3]  # a prompt waits on
 
 
 def test_an_abort_gives_the_place_in_the_line_back(
-    text: Text, monkeypatch: pytest.MonkeyPatch
+    text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
 
@@ -759,7 +770,7 @@ def test_an_abort_gives_the_place_in_the_line_back(
 
         def until() -> bool:
             msgs = [m for name, m in log if name == "frontend"]
-            if msgs == [Finished(3, Reason.ABORT)]:
+            if msgs == [Finished(3, FinishReason.ABORT)]:
                 ref.tell(prompt(4, "d"))
                 ref.tell(prompt(5, "e"))
             elif isinstance(msgs[-1], Finished):

@@ -14,29 +14,29 @@ import pytest
 import uvloop
 import zmq
 
-from asyncllm.actors import channel, kv_loop, transport
+from asyncllm.actors import channel, kv_thread, transport
 from asyncllm.actors.base import Actor
 from asyncllm.actors.system import ActorSystem
-from asyncllm.actors.transport import HANDSHAKE_S, Keys, Transport, Wire
+from asyncllm.actors.transport import HANDSHAKE_S, CurveKeys, Transport, TransportSettings
 from asyncllm.codec import encode
 from asyncllm.errors import ActorCrashed, PeerLost, StartupError
-from asyncllm.messages import Gone, Halt
+from asyncllm.messages import EndpointGone, Halt
 from asyncllm.topology import http_worker
 from tests.raw import offer, push, raw
 
-ZmqAddresses = Callable[[int], list[Wire]]
+ZmqAddresses = Callable[[int], list[TransportSettings]]
 
 
-class Sink(Actor[Gone]):
+class Sink(Actor[EndpointGone]):
     """Keeps what comes; stops its system at ``last``."""
 
-    remote = frozenset({Gone})
+    remote = frozenset({EndpointGone})
 
     def __init__(self, last: int) -> None:
         super().__init__("sink")
         self.last, self.got = last, list[int]()
 
-    def receive(self, batch: list[Gone]) -> None:
+    def receive(self, batch: list[EndpointGone]) -> None:
         self.got += [msg.endpoint for msg in batch]
         if self.last in self.got:
             self.system.stop()
@@ -51,7 +51,7 @@ def run(main: Coroutine[Any, Any, Any]) -> Any:
 
 
 def frame(name: str, number: int, urgent: bool = False) -> bytes:
-    return bytes(msgpack.packb((name, urgent))) + encode(Gone(number))
+    return bytes(msgpack.packb((name, urgent))) + encode(EndpointGone(number))
 
 
 def test_frames_arrive_once_and_in_order_even_from_before_the_start(wires: ZmqAddresses) -> None:
@@ -59,7 +59,7 @@ def test_frames_arrive_once_and_in_order_even_from_before_the_start(wires: ZmqAd
         sender = ActorSystem(1, wires(2)[1])
         sink = sender.ref("sink", 0)
         for i in range(3000):  # more than both high-water marks hold: the outbox is used
-            sink.tell(Gone(i))
+            sink.tell(EndpointGone(i))
         receiver = ActorSystem(0, wires(2)[0])
         actor = Sink(2999)
         actor.capacity = 10_000
@@ -77,11 +77,11 @@ FOREIGN = {
     "no msgpack": b"GET / HTTP/1.1\r\n\r\n",
     "empty": b"",
     "header alone": bytes(msgpack.packb(("sink", False))),
-    "header of other types": bytes(msgpack.packb((1, 2))) + encode(Gone(1)),
-    "header of three": bytes(msgpack.packb(("sink", False, 1))) + encode(Gone(1)),
-    "header not a tuple": b"\x05" + encode(Gone(1)),
+    "header of other types": bytes(msgpack.packb((1, 2))) + encode(EndpointGone(1)),
+    "header of three": bytes(msgpack.packb(("sink", False, 1))) + encode(EndpointGone(1)),
+    "header not a tuple": b"\x05" + encode(EndpointGone(1)),
     "endless header": b"\x92\xdb\x00\x10\x00\x00" + b"a" * 5000,
-    "header not UTF-8": b"\x92\xa1\xff\xc2" + encode(Gone(1)),
+    "header not UTF-8": b"\x92\xa1\xff\xc2" + encode(EndpointGone(1)),
     "unknown tag": bytes(msgpack.packb(("sink", False))) + b"\x91\x7e",
     "too few fields": bytes(msgpack.packb(("sink", False))) + b"\x91\x1f",
     "broken body": bytes(msgpack.packb(("sink", False))) + b"\xc1",
@@ -91,8 +91,8 @@ FOREIGN = {
 @pytest.mark.parametrize("bad", FOREIGN.values(), ids=FOREIGN)
 def test_a_foreign_frame_is_dropped_and_counted(bad: bytes) -> None:
     async def go() -> None:
-        keys = Keys.make()
-        system = ActorSystem(0, Wire("tcp://127.0.0.1:*", keys))
+        keys = CurveKeys.make()
+        system = ActorSystem(0, TransportSettings("tcp://127.0.0.1:*", keys))
         actor = Sink(7)
         system.add(actor)
         push(system.address, keys, [frame("sink", 6), bad, frame("sink", 7)])
@@ -138,16 +138,16 @@ def test_a_message_that_is_not_for_other_processes_is_dropped(wires: ZmqAddresse
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:*", "ipc"])
-@pytest.mark.parametrize("keys", [None, Keys.make()], ids=["no keys", "other keys"])
+@pytest.mark.parametrize("keys", [None, CurveKeys.make()], ids=["no keys", "other keys"])
 def test_who_has_not_the_keys_is_not_heard(
-    wires: ZmqAddresses, address: str, keys: Keys | None
+    wires: ZmqAddresses, address: str, keys: CurveKeys | None
 ) -> None:
     """Strangers go on sending until one of us has been heard."""
 
     async def go() -> list[int]:
         wire = wires(1)[0]
         if address != "ipc":
-            wire = Wire(address, wire.keys)
+            wire = TransportSettings(address, wire.keys)
         system = ActorSystem(0, wire)
         actor = Sink(7)
         system.add(actor)
@@ -166,8 +166,8 @@ def test_who_has_not_the_keys_is_not_heard(
 
 def test_bytes_that_are_not_even_zmq_do_no_harm() -> None:
     async def go() -> None:
-        keys = Keys.make()
-        system = ActorSystem(0, Wire("tcp://127.0.0.1:*", keys))
+        keys = CurveKeys.make()
+        system = ActorSystem(0, TransportSettings("tcp://127.0.0.1:*", keys))
         actor = Sink(1)
         system.add(actor)
         running = asyncio.ensure_future(system.run())
@@ -187,24 +187,24 @@ def test_bytes_that_are_not_even_zmq_do_no_harm() -> None:
 
 def test_a_peer_may_come_later_and_another_may_take_its_place(wires: ZmqAddresses) -> None:
     async def go() -> tuple[list[int], list[int]]:
-        keys = Keys.make()
-        sender = ActorSystem(0, Wire("tcp://127.0.0.1:*", keys))
-        sender.ref("sink", 1).tell(Gone(0))
+        keys = CurveKeys.make()
+        sender = ActorSystem(0, TransportSettings("tcp://127.0.0.1:*", keys))
+        sender.ref("sink", 1).tell(EndpointGone(0))
         assert sender.dead_letters == 1  # nobody is there
         got = []
         for last in (1, 2):
-            receiver = ActorSystem(last, Wire("tcp://127.0.0.1:*", keys))
+            receiver = ActorSystem(last, TransportSettings("tcp://127.0.0.1:*", keys))
             actor = Sink(last)
             receiver.add(actor)
             worker = replace(http_worker(last), address=receiver.address)
             sender.join(sender.topology.replaced(last - 1 or -1, worker))
             sink = sender.ref("sink", last)
-            sink.tell(Gone(last))
+            sink.tell(EndpointGone(last))
             await receiver.run()
             got.append(actor.got)
-            sink.tell(Gone(9))  # the other has gone; nobody else gets it
+            sink.tell(EndpointGone(9))  # the other has gone; nobody else gets it
         sender.join(sender.topology.replaced(2, None))
-        sink.tell(Gone(0))
+        sink.tell(EndpointGone(0))
         assert sender.dead_letters == 2
         with pytest.raises(ValueError, match="nonsense"):
             sender.join(sender.topology.replaced(2, replace(worker, id=3, address="nonsense")))
@@ -266,12 +266,12 @@ def test_a_peer_lost_in_a_handler_ends_the_endpoint_as_such(
     monkeypatch.setattr(transport, "OUTBOX_LIMIT", 5)
     monkeypatch.setattr(transport, "LINGER_MS", 0)
 
-    class Talker(Actor[Gone]):
+    class Talker(Actor[EndpointGone]):
         vital = False  # even so: a message to a peer is lost
 
         def started(self) -> None:
             for i in range(5000):
-                self.system.ref("sink", 1).tell(Gone(i))
+                self.system.ref("sink", 1).tell(EndpointGone(i))
 
     async def go() -> None:
         system = ActorSystem(0, wires(2)[0])
@@ -284,9 +284,9 @@ def test_a_peer_lost_in_a_handler_ends_the_endpoint_as_such(
 
 def test_an_address_in_use_is_a_startup_error() -> None:
     async def go() -> None:
-        keys = Keys.make()
-        first = ActorSystem(0, Wire("tcp://127.0.0.1:*", keys))
-        again = Wire(first.address, keys)
+        keys = CurveKeys.make()
+        first = ActorSystem(0, TransportSettings("tcp://127.0.0.1:*", keys))
+        again = TransportSettings(first.address, keys)
         with pytest.raises(StartupError, match=first.address):
             ActorSystem(0, again)
         first.stop()
@@ -304,7 +304,7 @@ def test_what_was_told_just_before_stop_still_leaves(wires: ZmqAddresses) -> Non
         actor = Sink(9)
         receiver.add(actor)
         sender = ActorSystem(1, wires(2)[1])
-        sender.ref("sink", 0).tell(Gone(9))
+        sender.ref("sink", 0).tell(EndpointGone(9))
         sender.stop()
         await sender.run()
         await receiver.run()
@@ -318,13 +318,13 @@ def test_what_was_told_just_before_stop_still_leaves(wires: ZmqAddresses) -> Non
 )
 def test_others_dial_what_is_advertised_by_name_or_address(bound: str, advertised: str) -> None:
     async def main() -> None:
-        keys = Keys.make()
-        there = ActorSystem(1, Wire(f"tcp://{bound}:*", keys, advertised=advertised))
+        keys = CurveKeys.make()
+        there = ActorSystem(1, TransportSettings(f"tcp://{bound}:*", keys, advertised=advertised))
         there.add(sink := Sink(last=7))
         host = f"[{advertised}]" if ":" in advertised else advertised or bound
         assert there.address.startswith(f"tcp://{host}:")
-        here = ActorSystem(0, Wire("tcp://127.0.0.1:*", keys, {1: there.address}))
-        here.ref("sink", 1).tell(Gone(7))
+        here = ActorSystem(0, TransportSettings("tcp://127.0.0.1:*", keys, {1: there.address}))
+        here.ref("sink", 1).tell(EndpointGone(7))
         await there.run()
         assert sink.got == [7]
         here.close()
@@ -335,8 +335,8 @@ def test_others_dial_what_is_advertised_by_name_or_address(bound: str, advertise
 def test_who_hangs_up_or_speaks_something_else_is_a_stranger_when_his_time_is_over() -> None:
     async def go() -> None:
         now, came = 100.0, asyncio.Event()
-        keys = Keys.make()
-        door = Transport(Wire("tcp://127.0.0.1:*", keys), lambda *_: came.set())
+        keys = CurveKeys.make()
+        door = Transport(TransportSettings("tcp://127.0.0.1:*", keys), lambda *_: came.set())
         door._strangers._clock = lambda: now
         door.start()
         where = ("127.0.0.1", int(door.address.rpartition(":")[2]))
@@ -356,7 +356,7 @@ def test_who_hangs_up_or_speaks_something_else_is_a_stranger_when_his_time_is_ov
 
 @pytest.mark.parametrize(
     "limit",
-    [kv_loop.bounds, lambda sock: channel._bounds(sock, "127.0.0.1")],
+    [kv_thread.bounds, lambda sock: channel._bounds(sock, "127.0.0.1")],
     ids=["K/V", "channel"],
 )
 def test_connections_that_were_cut_off_are_found_by_tcp(limit: Callable[[Any], None]) -> None:

@@ -18,34 +18,34 @@ import uvloop
 from asyncllm.actors.base import Actor
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.watchdog import Watchdog, WatchdogConfig, WatchdogHooks, gather
-from asyncllm.core.metrics import State
+from asyncllm.core.metrics import StatsSnapshot
 from asyncllm.errors import Mismatch, PeerLost
 from asyncllm.messages import (
     AllocatorStats,
     Cancel,
     Drain,
     Drained,
-    Gone,
-    GroupGone,
-    GroupLost,
+    EndpointGone,
+    GroupFailed,
+    GroupRemoved,
     Halt,
     Hello,
-    Lost,
     Probe,
-    Replaced,
     RequestServed,
     RunnerStats,
     SchedulerStats,
     Scrape,
     Scraped,
+    ServerLost,
     Started,
     Welcome,
+    WorkerReplaced,
 )
-from asyncllm.records import Load
+from asyncllm.records import GroupLoad
 from asyncllm.topology import Contract, Topology, http_worker
 
 CONTRACT = Contract(protocol="p1", options="o1")
-LOAD = Load(used=30, expected=77, total=100, cached=20, running=3, waiting=2)
+LOAD = GroupLoad(used=30, expected=77, total=100, cached=20, running=3, waiting=2)
 
 
 def hello(endpoint: int, address: str = "", **changes: Any) -> Hello:
@@ -270,7 +270,7 @@ def test_everybody_is_told_who_there_is_once_all_are_there() -> None:
         await settle()
         assert set(w.sent_of(Welcome)) == {(1, "watchdog"), (2, "watchdog")}
         w.sent.clear()
-        w.tell(Replaced(2, http_worker(3)))
+        w.tell(WorkerReplaced(2, http_worker(3)))
         w.tell(hello(3))
         await settle()
         told = [(e, m.topology.placed("frontend")) for e, _, m in w.sent if type(m) is Welcome]
@@ -419,13 +419,13 @@ def test_a_server_goes_on_without_a_group(caplog: pytest.LogCaptureFixture) -> N
     async def script(world: World) -> None:
         await all_there(world)
         for _ in range(2):  # both of its ranks are missed
-            world.tell(GroupLost(1, "rank 3 has gone"))
+            world.tell(GroupFailed(1, "rank 3 has gone"))
         await settle()
-        assert world.sent_of(Lost) == [(2, "watchdog"), (3, "watchdog")]
+        assert world.sent_of(ServerLost) == [(2, "watchdog"), (3, "watchdog")]
         assert world.killed == [2, 3]
-        gone = GroupGone(1, 2, "rank 3 has gone")
-        assert world.got("balancer", GroupGone) == world.got("frontend", GroupGone) == [gone]
-        assert world.sent_of(GroupGone) == [
+        gone = GroupRemoved(1, 2, "rank 3 has gone")
+        assert world.got("balancer", GroupRemoved) == world.got("frontend", GroupRemoved) == [gone]
+        assert world.sent_of(GroupRemoved) == [
             (6, n) for n in ("tokenizer", "detokenizer", "frontend")
         ]
         assert world.sent_of(Welcome) == [(e, "watchdog") for e in (1, 4, 5, 6)]
@@ -455,7 +455,7 @@ def test_it_does_not_go_on_without_one_that_others_need(
     async def script(world: World) -> None:
         if open_:
             await all_there(world)
-        world.tell(GroupLost(group, "rank 3 has gone"))
+        world.tell(GroupFailed(group, "rank 3 has gone"))
         await settle()
         assert world.system.over
 
@@ -497,9 +497,9 @@ def test_a_worker_takes_the_place_of_another() -> None:
         w.tell(hello(1))
         w.tell(hello(2))
         await settle()
-        w.tell(Replaced(2, http_worker(3)))
+        w.tell(WorkerReplaced(2, http_worker(3)))
         await settle()
-        assert w.got("scheduler", Gone) == [Gone(2)]
+        assert w.got("scheduler", EndpointGone) == [EndpointGone(2)]
         w.tell(Cancel("all"))
         w.tell(hello(2))  # on its way when it died
         w.beats.last[2] = w.now
@@ -533,7 +533,7 @@ def test_a_worker_that_dies_while_the_server_drains_is_not_waited_for() -> None:
         w.tell(Drained("frontend", 0))
         await settle()
         assert not w.system.over
-        w.tell(Replaced(2, None))
+        w.tell(WorkerReplaced(2, None))
         await settle()
         assert w.system.over
         assert w.sent_of(Halt) == [(1, "watchdog")]
@@ -546,7 +546,7 @@ def test_a_worker_that_still_loads_does_not_hold_up_the_end() -> None:
         w.tell(hello(1))
         w.tell(hello(2))
         await settle()
-        w.tell(Replaced(2, http_worker(3)))
+        w.tell(WorkerReplaced(2, http_worker(3)))
         w.tell(Drain(30.0))
         await settle()
         assert w.sent_of(Drain) == []
@@ -564,7 +564,7 @@ def test_a_worker_that_comes_while_the_server_drains_is_sent_away() -> None:
         w.tell(hello(1))
         w.tell(hello(2))
         await settle()
-        w.tell(Replaced(2, http_worker(3)))
+        w.tell(WorkerReplaced(2, http_worker(3)))
         w.tell(Drain(30.0))
         w.tell(hello(3))
         await settle()
@@ -590,7 +590,7 @@ def test_a_failing_server_tells_those_that_serve_http() -> None:
         w.tell(hello(2))
         await settle()
         await w.dog.failing()
-        assert w.sent_of(Lost) == [(2, "watchdog")]
+        assert w.sent_of(ServerLost) == [(2, "watchdog")]
 
     play(trio(), script)
 
@@ -599,7 +599,7 @@ def test_a_worker_that_is_told_of_the_failure_fails_too() -> None:
     async def go() -> None:
         world = trio(endpoint=2)
         system = world.build()
-        world.tell(Lost())
+        world.tell(ServerLost())
         await asyncio.wait_for(system.run(), 10)
 
     with pytest.raises(PeerLost, match="the server has failed"):
@@ -860,11 +860,11 @@ def test_groups_are_added_up_and_the_slowest_time_counts() -> None:
         silent=1,
     )
     assert state.groups[0].allocator == AllocatorStats(0, 0, 30, 20, 100, 8, 16, 4)
-    assert state.groups[1] == State(
+    assert state.groups[1] == StatsSnapshot(
         scheduler=SchedulerStats(0, 0, 1, 0, 2, 5, 1, 10, 3, 20),
         runner=RunnerStats(0, 0, 4.0, 0.9, 0.2, 1),
     )
-    assert state == State(
+    assert state == StatsSnapshot(
         scheduler=SchedulerStats(0, 0, 4, 2, 3, 14, 1, 60, 10, 97),
         allocator=AllocatorStats(0, 0, 30, 20, 100, 8, 16, 4),
         runner=RunnerStats(0, 0, 5.0, 0.9, 0.2, 1),
@@ -892,7 +892,7 @@ def test_a_scrape_speaks_for_all_groups() -> None:
         (answer,) = w.got("frontend", Scraped)
         assert answer.loads == (
             LOAD,
-            Load(used=5, expected=10, total=50, cached=20, running=4, waiting=2),
+            GroupLoad(used=5, expected=10, total=50, cached=20, running=4, waiting=2),
         )
         text = answer.exposition.decode()
         assert "asyncllm_requests_running 7.0" in text
@@ -930,10 +930,12 @@ def test_the_balancer_and_all_schedulers_hear_of_a_worker_that_has_gone() -> Non
         w.tell(hello(1))
         w.tell(hello(2))
         await settle()
-        w.tell(Replaced(2, http_worker(3)))
+        w.tell(WorkerReplaced(2, http_worker(3)))
         await settle()
-        assert w.got("balancer", Gone) == w.got("scheduler", Gone) == [Gone(2)]
-        assert w.sent_of(Gone) == [(1, "scheduler")]
+        assert (
+            w.got("balancer", EndpointGone) == w.got("scheduler", EndpointGone) == [EndpointGone(2)]
+        )
+        assert w.sent_of(EndpointGone) == [(1, "scheduler")]
 
     play(two_groups(), script)
 

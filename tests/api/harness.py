@@ -18,8 +18,8 @@ from asyncllm.api.openapi import document as openapi
 from asyncllm.api.parsing.output_parser import Dialect
 from asyncllm.api.parsing.reasoning import prompt_state
 from asyncllm.codec import i32
-from asyncllm.core.request import Reason
-from asyncllm.messages import Delta
+from asyncllm.core.request import FinishReason
+from asyncllm.messages import TextDelta
 from asyncllm.records import Logprobs
 
 SERVED = ServedModel(
@@ -116,11 +116,11 @@ def delta(
     pieces: tuple[str, ...] = (),
     logprobs: array[float] | Logprobs | None = None,
     prompt: Logprobs | None = None,
-) -> Delta:
+) -> TextDelta:
     """New tokens; ``logprobs`` may be those of the chosen ones alone."""
     if isinstance(logprobs, array):
         logprobs = Logprobs(chosen=logprobs)
-    return Delta(1, text, i32([]) if ids is None else ids, pieces, logprobs, prompt)
+    return TextDelta(1, text, i32([]) if ids is None else ids, pieces, logprobs, prompt)
 
 
 def floats(*values: float) -> array[float]:
@@ -138,14 +138,14 @@ def answer(generation: GenerationRequest, prompts: list[bytes]) -> Answer:
     return Answer(generation, "id-1", 7, BYTES_SERVED.name, VOCAB, choices, ids)
 
 
-def take(reply: Any, news: Delta, index: int = 0) -> bytes:
+def take(reply: Any, news: TextDelta, index: int = 0) -> bytes:
     choice = reply.answer.choices[index]
     choice.take(news)
     out: bytes = reply.piece(choice, news) if reply.answer.generation.stream else b""
     return out
 
 
-def end(reply: Any, reason: Reason = Reason.STOP, index: int = 0) -> bytes:
+def end(reply: Any, reason: FinishReason = FinishReason.STOP, index: int = 0) -> bytes:
     choice = reply.answer.choices[index]
     choice.reason = reason
     out: bytes = reply.end(choice) if reply.answer.generation.stream else b""
@@ -207,7 +207,7 @@ def reply(calls: str, thoughts: str, *, head: str = "", **body: Any) -> ParsedCh
     return made
 
 
-def feed(made: ParsedChatReply, pieces: list[str], reason: Reason, index: int = 0) -> bytes:
+def feed(made: ParsedChatReply, pieces: list[str], reason: FinishReason, index: int = 0) -> bytes:
     """One token for each piece; what the stream says."""
     choice, out = made.answer.choices[index], b""
     for text in pieces:
@@ -219,8 +219,8 @@ def feed(made: ParsedChatReply, pieces: list[str], reason: Reason, index: int = 
     return out + (made.end(choice) if made.answer.generation.stream else b"")
 
 
-def ending(reason: str) -> Reason:
-    return Reason.LENGTH if reason == "length" else Reason.STOP
+def ending(reason: str) -> FinishReason:
+    return FinishReason.LENGTH if reason == "length" else FinishReason.STOP
 
 
 def joined(chunks: list[Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 
 from asyncllm.api.common import json_body
 from asyncllm.api.common.errors import NotAvailable
-from asyncllm.api.common.model import RequestModel, limits_text
+from asyncllm.api.common.request_model import RequestModel, limits_text
 from asyncllm.api.lightllm import request as lightllm
 from asyncllm.api.openai import request as openai
 from asyncllm.api.openapi.document import of_models

@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 
-from asyncllm.constrain.llguidance_backend import Grammars
+from asyncllm.constrain.llguidance_backend import GrammarEngine
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _tokenizers_made_once() -> Iterator[None]:
-    original, known = Grammars._tokenizer, dict[Any, Any]()
+    original, known = GrammarEngine._tokenizer, dict[Any, Any]()
 
-    def made(self: Grammars, texts: list[bytes], ends: list[int]) -> Any:
+    def made(self: GrammarEngine, texts: list[bytes], ends: list[int]) -> Any:
         key = (tuple(texts), tuple(ends))
         if key not in known:
             known[key] = original(self, texts, ends)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Grammars, "_tokenizer", made)
+        patch.setattr(GrammarEngine, "_tokenizer", made)
         yield

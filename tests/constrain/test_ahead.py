@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from asyncllm.constrain import llguidance_backend as engine
-from asyncllm.constrain.llguidance_backend import Grammars, Matcher
+from asyncllm.constrain.llguidance_backend import GrammarEngine, Matcher
 from asyncllm.constrain.protocol import NO_PATH
 from asyncllm.constrain.protocol import Path as Likely
 from asyncllm.constrain.spelling import MAX_BYTES, Spelling
 from asyncllm.constrain.vocabulary import passes
 from asyncllm.errors import RequestError
-from asyncllm.text import Text, load_tokenizer
+from asyncllm.text import ModelTokenizer, load_tokenizer
 
 EOS = 2
 SCHEMA = json.dumps(
@@ -35,20 +35,20 @@ ANSWER = '{"first_name": "Ann", "post": "baker", "tags": [12, 7]}'
 
 
 @pytest.fixture(scope="module")
-def text(demo_dir: Path) -> Text:
+def text(demo_dir: Path) -> ModelTokenizer:
     return load_tokenizer(str(demo_dir))
 
 
 @pytest.fixture(scope="module")
-def grammars(text: Text) -> Grammars:
-    made = Grammars(
+def grammars(text: ModelTokenizer) -> GrammarEngine:
+    made = GrammarEngine(
         text.pieces, 49152, (EOS,), text.special, (), lambda some: text.encode(some, False)
     )
     made.keep("schema", SCHEMA, made.build("schema", SCHEMA))
     return made
 
 
-def begin(grammars: Grammars) -> Matcher:
+def begin(grammars: GrammarEngine) -> Matcher:
     matcher = grammars.constrain("schema", SCHEMA)
     matcher.start()
     return matcher
@@ -60,7 +60,7 @@ def guess(tokens: Sequence[int], rate: float = 0.9) -> Likely:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_masks_are_those_of_an_output_that_is_not_followed_ahead(
-    grammars: Grammars, text: Text, seed: int
+    grammars: GrammarEngine, text: ModelTokenizer, seed: int
 ) -> None:
     rng, answer = random.Random(seed), list(text.encode(ANSWER, False))
     plain, ahead = begin(grammars), begin(grammars)
@@ -88,7 +88,7 @@ def test_masks_are_those_of_an_output_that_is_not_followed_ahead(
 
 
 def test_what_a_grammar_forces_is_spelled_as_by_the_tokenizer(
-    grammars: Grammars, text: Text
+    grammars: GrammarEngine, text: ModelTokenizer
 ) -> None:
     matcher = begin(grammars)
     matcher.look_ahead(NO_PATH, 3)
@@ -105,7 +105,7 @@ def test_what_a_grammar_forces_is_spelled_as_by_the_tokenizer(
 
 
 def test_a_guess_is_followed_up_to_the_first_token_that_is_not_allowed(
-    grammars: Grammars, text: Text
+    grammars: GrammarEngine, text: ModelTokenizer
 ) -> None:
     matcher = begin(grammars)
     tokens = list(text.encode(ANSWER, False))
@@ -127,7 +127,7 @@ def test_a_guess_is_followed_up_to_the_first_token_that_is_not_allowed(
 
 
 def test_a_token_that_is_unlikely_or_dear_is_not_followed(
-    grammars: Grammars, text: Text, monkeypatch: pytest.MonkeyPatch
+    grammars: GrammarEngine, text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matcher = begin(grammars)
     for token in text.encode('{"first_name": "', False):
@@ -143,7 +143,7 @@ def test_a_token_that_is_unlikely_or_dear_is_not_followed(
 
 
 def test_a_failure_ahead_is_none_of_the_output(
-    grammars: Grammars, text: Text, monkeypatch: pytest.MonkeyPatch
+    grammars: GrammarEngine, text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matcher, plain = begin(grammars), begin(grammars)
     tokens = list(text.encode(ANSWER, False))

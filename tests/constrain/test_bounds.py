@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from asyncllm.constrain.llguidance_backend import Grammars, TooSlow
+from asyncllm.constrain.llguidance_backend import GrammarEngine, TooSlow
 from asyncllm.errors import RequestError
 from asyncllm.text import load_tokenizer
 from tests.constrain.walks import allowed
@@ -22,9 +22,9 @@ COMPILE_S, STEP_S = 2.0, 0.25
 
 
 @pytest.fixture(scope="module")
-def grammars(demo_dir: Path) -> Grammars:
+def grammars(demo_dir: Path) -> GrammarEngine:
     text = load_tokenizer(str(demo_dir))
-    return Grammars(text.pieces, 49152, (EOS,), text.special)
+    return GrammarEngine(text.pieces, 49152, (EOS,), text.special)
 
 
 def objects(number: int, **more: Any) -> dict[str, Any]:
@@ -65,7 +65,7 @@ HOSTILE: dict[str, tuple[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_compiling_and_following_have_an_end(grammars: Grammars, name: str) -> None:
+def test_compiling_and_following_have_an_end(grammars: GrammarEngine, name: str) -> None:
     kind, source = HOSTILE[name]
     text = source if isinstance(source, str) else json.dumps(source)
     assert len(text) <= 75_000

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from asyncllm.constrain.llguidance_backend import Grammars
+from asyncllm.constrain.llguidance_backend import GrammarEngine
 from tests.constrain.walks import byte_grammars, matcher, takes
 
 
 @pytest.fixture(scope="module")
-def grammars() -> Grammars:
+def grammars() -> GrammarEngine:
     return byte_grammars()
 
 
@@ -29,7 +29,7 @@ def grammars() -> Grammars:
      ('root ::= "a" never | "b"\nnever ::= "x" never', ["b"], ["a", "ax"]),
      ('root ::= .{2}', ["ab", "é\n"], ["a", "abc"])],
 )  # fmt: skip
-def test_rules(grammars: Grammars, source: str, good: list[str], bad: list[str]) -> None:
+def test_rules(grammars: GrammarEngine, source: str, good: list[str], bad: list[str]) -> None:
     at = matcher(grammars, "ebnf", source)
     assert [text for text in good if not takes(at, text)] == []
     assert [text for text in bad if takes(at, text)] == []
@@ -43,7 +43,7 @@ def test_rules(grammars: Grammars, source: str, good: list[str], bad: list[str])
      (r"\p{Lu}\P{Lu}", ["Éa"], ["éa", "ÉÉ"]), (r"[^]", ["\n", "😀"], [""]), (r"a|^b|c$", ["a", "b", "c"], ["ab"])],
 )  # fmt: skip
 def test_regular_expressions(
-    grammars: Grammars, source: str, good: list[str], bad: list[str]
+    grammars: GrammarEngine, source: str, good: list[str], bad: list[str]
 ) -> None:
     at = matcher(grammars, "regex", source)
     assert [text for text in good if not takes(at, text)] == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from asyncllm.constrain.factory import Constraints
+from asyncllm.constrain.factory import ConstraintFactory
 from asyncllm.constrain.vocabulary import bits
 from asyncllm.core.request import SamplingParams
 from asyncllm.errors import RequestError
@@ -23,7 +23,7 @@ def test_bits_have_whole_words_and_no_token_beyond_the_vocabulary(vocab_size: in
 
 
 def test_only_the_listed_tokens_and_the_ends() -> None:
-    constraints = Constraints(64, (2, 60))
+    constraints = ConstraintFactory(64, (2, 60))
     allowed = constraints.of(SamplingParams(allowed_token_ids=(5, 7)))
     assert allowed is not None
     for token in (5, 7, 5):
@@ -36,9 +36,9 @@ def test_only_the_listed_tokens_and_the_ends() -> None:
 
 
 def test_nothing_asked_nothing_restricted() -> None:
-    assert Constraints(64, (2,)).of(SamplingParams()) is None
+    assert ConstraintFactory(64, (2,)).of(SamplingParams()) is None
 
 
 def test_without_grammars_a_grammar_is_refused() -> None:
     with pytest.raises(RequestError, match="--output_constraint_mode"):
-        Constraints(64, (2,)).of(SamplingParams(grammar=("json", "")))
+        ConstraintFactory(64, (2,)).of(SamplingParams(grammar=("json", "")))

@@ -7,12 +7,12 @@ from array import array
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncllm.constrain.factory import Constraints
+from asyncllm.constrain.factory import ConstraintFactory
 from asyncllm.constrain.healing import Healing
 from asyncllm.constrain.vocabulary import Vocabulary, passes
 from asyncllm.core.request import SamplingParams
-from asyncllm.core.scheduling import Core
-from asyncllm.messages import Granted
+from asyncllm.core.scheduling import SchedulerCore
+from asyncllm.messages import SlotsGranted
 
 PIECES = [b"<s>", b"a", b"b", b"ab", b"abc", b"bc", b"c", b"<", b"", b"ba"]
 VOCAB = Vocabulary(PIECES, 12, special={0})
@@ -76,18 +76,18 @@ def test_tokens_that_say_nothing_new_do_not_count_as_far_as_tokens_were_dropped(
 
 
 def test_a_request_gets_as_many_tokens_more() -> None:
-    core = Core(
+    core = SchedulerCore(
         num_lanes=1, num_slots=64, batch_max_tokens=64, chunked_prefill_size=16, eos_ids=()
     )  # fmt: skip
     params = SamplingParams(max_new_tokens=2)
-    constraint = Constraints(12, (), vocab=VOCAB).of(params, "", (b"a", b"b"))
+    constraint = ConstraintFactory(12, (), vocab=VOCAB).of(params, "", (b"a", b"b"))
     core.add(1, array("i", [9] * 4), params, constraint)
     out: list[int] = []
     for token in (1, 2, 6, 6, 6):
         if (proposal := core.propose()) is None:
             break
         counts = proposal.counts
-        step = core.plan(Granted(array("i", [0]), counts, array("i", range(sum(counts))), 50))
+        step = core.plan(SlotsGranted(array("i", [0]), counts, array("i", range(sum(counts))), 50))
         assert step is not None
         assert bool(step.plan.masks) == (len(out) < 2)
         out += core.commit(step, array("i", [token])).tokens

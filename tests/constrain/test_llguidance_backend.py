@@ -19,30 +19,30 @@ from asyncllm.api.parsing.events import Tool
 from asyncllm.api.parsing.tools import FORMATS, make_parser, special_tokens
 from asyncllm.api.parsing.tools.call_grammar import CALL_TEXTS, call_forms, spelling
 from asyncllm.constrain import llguidance_backend as engine
-from asyncllm.constrain.llguidance_backend import Grammars, Matcher
+from asyncllm.constrain.llguidance_backend import GrammarEngine, Matcher
 from asyncllm.errors import RequestError, ServerBusy
-from asyncllm.text import Text, load_tokenizer
+from asyncllm.text import ModelTokenizer, load_tokenizer
 
 VOCAB = 49152
 EOS = 2
 
 
 @pytest.fixture(scope="module")
-def text(demo_dir: Path) -> Text:
+def text(demo_dir: Path) -> ModelTokenizer:
     return load_tokenizer(str(demo_dir))
 
 
 @pytest.fixture(scope="module")
-def pieces(text: Text) -> list[bytes]:
+def pieces(text: ModelTokenizer) -> list[bytes]:
     return [b"" if i in text.special else piece for i, piece in enumerate(text.pieces)]
 
 
 @pytest.fixture
-def grammars(pieces: list[bytes]) -> Grammars:
-    return Grammars(pieces, VOCAB, (EOS,))
+def grammars(pieces: list[bytes]) -> GrammarEngine:
+    return GrammarEngine(pieces, VOCAB, (EOS,))
 
 
-def start(grammars: Grammars, kind: str, source: str) -> Matcher:
+def start(grammars: GrammarEngine, kind: str, source: str) -> Matcher:
     grammars.keep(kind, source, grammars.build(kind, source))
     matcher = grammars.constrain(kind, source)
     matcher.start()
@@ -98,7 +98,7 @@ SCHEMAS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("schema", SCHEMAS, ids=json.dumps)
 @pytest.mark.parametrize("loved", [rb"[0-9]+", rb"\s+"], ids=["digits", "blanks"])
 def test_no_number_and_no_white_space_goes_on_for_ever(
-    grammars: Grammars, pieces: list[bytes], schema: dict[str, Any], loved: bytes
+    grammars: GrammarEngine, pieces: list[bytes], schema: dict[str, Any], loved: bytes
 ) -> None:
     matcher = start(grammars, "schema", json.dumps(schema))
     out, whole = follow(matcher, pieces, liking(pieces, loved), 300)
@@ -109,7 +109,7 @@ def test_no_number_and_no_white_space_goes_on_for_ever(
 @pytest.mark.parametrize("schema", SCHEMAS, ids=json.dumps)
 @pytest.mark.parametrize("seed", range(3))
 def test_random_outputs_are_valid(
-    grammars: Grammars, pieces: list[bytes], schema: dict[str, Any], seed: int
+    grammars: GrammarEngine, pieces: list[bytes], schema: dict[str, Any], seed: int
 ) -> None:
     matcher = start(grammars, "schema", json.dumps(schema))
     out, whole = follow(matcher, pieces, random.Random(seed).choice)
@@ -117,19 +117,19 @@ def test_random_outputs_are_valid(
     jsonschema.validate(json.loads(out), schema)
 
 
-def test_numbers_are_finite(grammars: Grammars, pieces: list[bytes]) -> None:
+def test_numbers_are_finite(grammars: GrammarEngine, pieces: list[bytes]) -> None:
     matcher = start(grammars, "schema", '{"type": "number"}')
     out, _ = follow(matcher, pieces, liking(pieces, rb"[0-9]+|[eE]|\."), 300)
     assert math.isfinite(float(out))
 
 
-def test_json_is_an_object(grammars: Grammars, pieces: list[bytes]) -> None:
+def test_json_is_an_object(grammars: GrammarEngine, pieces: list[bytes]) -> None:
     matcher = start(grammars, "json", "")
     assert all(pieces[t].startswith(b"{") for t in allowed(matcher))
 
 
 def test_regex_ends_as_soon_as_nothing_else_can_follow(
-    grammars: Grammars, text: Text, pieces: list[bytes]
+    grammars: GrammarEngine, text: ModelTokenizer, pieces: list[bytes]
 ) -> None:
     matcher = start(grammars, "regex", r"(yes|no)!")
     ids = list(text.encode("yes!", False))
@@ -146,7 +146,7 @@ CHOICES = ["a", "ab", 'q"\\', "line\nbreak\t\x01", "ü😀", "[x]|(y)"]
 
 @pytest.mark.parametrize("wanted", CHOICES)
 def test_each_choice_can_come_as_it_is(
-    grammars: Grammars, pieces: list[bytes], text: Text, wanted: str
+    grammars: GrammarEngine, pieces: list[bytes], text: ModelTokenizer, wanted: str
 ) -> None:
     form = choice(CHOICES)
     assert form is not None
@@ -157,23 +157,25 @@ def test_each_choice_can_come_as_it_is(
     assert (out.decode() in CHOICES, whole) == (True, True)
 
 
-def test_characters_may_be_cut_by_tokens(grammars: Grammars, pieces: list[bytes]) -> None:
+def test_characters_may_be_cut_by_tokens(grammars: GrammarEngine, pieces: list[bytes]) -> None:
     matcher = start(grammars, "ebnf", 'root ::= "😀é" | "漢字"')
     out, whole = follow(matcher, pieces, lambda tokens: min(tokens, key=lambda t: len(pieces[t])))
     assert whole
     assert out.decode() in ("😀é", "漢字")
 
 
-def test_a_token_against_the_grammar_is_an_error(grammars: Grammars, text: Text) -> None:
+def test_a_token_against_the_grammar_is_an_error(
+    grammars: GrammarEngine, text: ModelTokenizer
+) -> None:
     matcher = start(grammars, "regex", "a")
     with pytest.raises(RequestError, match="does not continue"):
         matcher.accept(text.encode("b", False)[0])
 
 
 def test_special_tokens_and_ids_beyond_the_tokenizer_never_come(
-    text: Text, pieces: list[bytes]
+    text: ModelTokenizer, pieces: list[bytes]
 ) -> None:
-    wide = Grammars(pieces, VOCAB + 45, (EOS,))
+    wide = GrammarEngine(pieces, VOCAB + 45, (EOS,))
     matcher = start(wide, "regex", r"(.|\n)*")
     some = set(allowed(matcher))
     assert max(some) < VOCAB
@@ -199,7 +201,7 @@ def test_special_tokens_and_ids_beyond_the_tokenizer_never_come(
      ("schema", '{"a":' * 20_000 + "{}" + "}" * 20_000, "nested more than 64")],
 )  # fmt: skip
 def test_what_cannot_be_compiled_says_why(
-    grammars: Grammars, kind: str, source: str, message: str
+    grammars: GrammarEngine, kind: str, source: str, message: str
 ) -> None:
     with pytest.raises(RequestError, match=re.escape(message)) as caught:
         grammars.build(kind, source)
@@ -207,12 +209,12 @@ def test_what_cannot_be_compiled_says_why(
     assert "x{" not in caught.value.message, "nothing of what the engine was told"
 
 
-def test_names_and_values_are_no_keywords(grammars: Grammars) -> None:
+def test_names_and_values_are_no_keywords(grammars: GrammarEngine) -> None:
     schema = {"type": "object", "properties": {"not": {"enum": ["if"]}}, "default": {"if": 1}}
     grammars.build("schema", json.dumps(schema))
 
 
-def test_the_least_used_grammar_makes_room(grammars: Grammars, monkeypatch: Any) -> None:
+def test_the_least_used_grammar_makes_room(grammars: GrammarEngine, monkeypatch: Any) -> None:
     monkeypatch.setattr(engine, "MAX_KEPT", 2)
     for source in ("a", "b"):
         start(grammars, "regex", source)
@@ -244,7 +246,7 @@ def test_calls_are_read_back_by_the_parser_of_their_format(
     marks = special_tokens(name)
     texts = [*pieces, *(mark.encode() for mark in marks)]
     special = range(len(pieces), len(texts))
-    grammars = Grammars(texts, len(texts), (EOS,), special, marks)
+    grammars = GrammarEngine(texts, len(texts), (EOS,), special, marks)
     source = call_forms(spelled, TOOLS)
     matcher = start(grammars, "calls", source)
     mark = source.partition("\n")[0]
@@ -270,7 +272,7 @@ def test_calls_are_read_back_by_the_parser_of_their_format(
     assert "weather" in names
 
 
-def test_what_a_token_of_the_mark_brings_along(grammars: Grammars) -> None:
+def test_what_a_token_of_the_mark_brings_along(grammars: GrammarEngine) -> None:
     matcher = start(grammars, "calls", call_forms("hermes", TOOLS))
     matcher.restart()
     assert matcher.begin(b'\n{"name": "wea')
@@ -279,7 +281,7 @@ def test_what_a_token_of_the_mark_brings_along(grammars: Grammars) -> None:
     assert not matcher.begin(b"no")
 
 
-def test_parameters_that_cannot_be_enforced_are_refused(grammars: Grammars) -> None:
+def test_parameters_that_cannot_be_enforced_are_refused(grammars: GrammarEngine) -> None:
     unique = Tool("f", {"properties": {"a": {"type": "array", "uniqueItems": True}}}, strict=True)
     with pytest.raises(RequestError, match="uniqueItems"):
         grammars.build("calls", call_forms("hermes", [unique]))

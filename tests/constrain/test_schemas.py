@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from asyncllm.api.parsing.events import Tool
 from asyncllm.api.parsing.tools.call_grammar import call_forms
-from asyncllm.constrain.llguidance_backend import Grammars
+from asyncllm.constrain.llguidance_backend import GrammarEngine
 from asyncllm.errors import RequestError
 from tests.constrain.walks import allowed, byte_grammars, matcher, takes, walk, written
 
@@ -31,7 +31,7 @@ LEAST_TAKEN = 0.93  # of the suite's valid instances, which like quoted mailboxe
 
 
 @pytest.fixture(scope="module")
-def grammars() -> Grammars:
+def grammars() -> GrammarEngine:
     return byte_grammars()
 
 
@@ -40,7 +40,7 @@ def validator(schema: Any) -> Any:
     return cls(schema, format_checker=cls.FORMAT_CHECKER)
 
 
-def test_the_suite_of_json_schema(grammars: Grammars) -> None:
+def test_the_suite_of_json_schema(grammars: GrammarEngine) -> None:
     accepted = taken = valid = 0
     wrong = []
     for keyword, what, schema, good, bad in SUITE:
@@ -62,7 +62,7 @@ def test_the_suite_of_json_schema(grammars: Grammars) -> None:
 
 
 @pytest.mark.parametrize("schema", API_SCHEMAS, ids=lambda schema: json.dumps(schema)[:60])
-def test_random_outputs_are_valid(grammars: Grammars, schema: Any) -> None:
+def test_random_outputs_are_valid(grammars: GrammarEngine, schema: Any) -> None:
     at = matcher(grammars, "schema", json.dumps(schema))
     rng = random.Random(2)
     outs = [walk(at, rng) for _ in range(10)]
@@ -96,7 +96,7 @@ with warnings.catch_warnings():
 MANY = _from_schema.cu.many
 
 
-def test_valid_values_can_come(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_valid_values_can_come(grammars: GrammarEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     if not hasattr(MANY, "more"):
         names = {name: getattr(_from_schema.cu, name) for name in dir(_from_schema.cu)}
         monkeypatch.setattr(_from_schema, "cu", SimpleNamespace(**{**names, "many": _Many}))
@@ -132,7 +132,7 @@ ANY = st.recursive(
 )
 
 
-def forced(grammars: Grammars, kind: str, text: str) -> str:
+def forced(grammars: GrammarEngine, kind: str, text: str) -> str:
     """The only output there is."""
     at = matcher(grammars, kind, text)
     out = b""
@@ -170,7 +170,7 @@ def test_names_that_a_schema_forces_come_back(name: str) -> None:
         assert not takes(at, spelled.replace(f'"{name}": ', f'"{name}x": '))
 
 
-def test_every_character_is_itself(grammars: Grammars) -> None:
+def test_every_character_is_itself(grammars: GrammarEngine) -> None:
     """All of the planes that have characters, and the ends of each of the others, in texts of some
     thousands each."""
     ends = [plane + end for plane in range(0x40000, 0x110000, 0x10000) for end in (0, 0xE000)]
@@ -198,7 +198,9 @@ def test_every_character_is_itself(grammars: Grammars) -> None:
      ({"$ref": "#/$defs/x"}, {"m": 1}),
      ({"type": "object", "properties": {"m": {"not": {"const": {}}}}}, {"m": {"a": 1}})],
 )  # fmt: skip
-def test_one_of_knows_more_than_what_can_be_told(grammars: Grammars, told: Any, value: Any) -> None:
+def test_one_of_knows_more_than_what_can_be_told(
+    grammars: GrammarEngine, told: Any, value: Any
+) -> None:
     """Opposites are narrower than they should be: values of both schemas are not of one alone."""
     schema = {"oneOf": [{"type": "object"}, told], "$defs": {"x": {"not": {"const": {}}}}}
     assert not validator(schema).is_valid(value)
@@ -226,7 +228,7 @@ def test_one_of_knows_more_than_what_can_be_told(grammars: Grammars, told: Any, 
      ({"type": "string", "format": "ipv6"}, ['"::1"', '"1::8"', '"::ffff:1.2.3.4"'], ['"1::2::3"', '"12345::"']),
      ({"type": "string", "format": "x-unknown"}, ['"anything"'], ["1"])],
 )  # fmt: skip
-def test_strings(grammars: Grammars, schema: Any, good: list[str], bad: list[str]) -> None:
+def test_strings(grammars: GrammarEngine, schema: Any, good: list[str], bad: list[str]) -> None:
     at = matcher(grammars, "schema", json.dumps(schema))
     assert [text for text in good if not takes(at, text)] == []
     assert [text for text in bad if takes(at, text)] == []
@@ -243,7 +245,7 @@ def test_strings(grammars: Grammars, schema: Any, good: list[str], bad: list[str
     ids=lambda value: json.dumps(value)[:40],
 )  # fmt: skip
 def test_what_says_nothing_is_not_refused(
-    grammars: Grammars, schema: Any, good: str, bad: str
+    grammars: GrammarEngine, schema: Any, good: str, bad: str
 ) -> None:
     at = matcher(grammars, "schema", json.dumps(schema))
     assert takes(at, good)
@@ -267,7 +269,7 @@ def test_what_says_nothing_is_not_refused(
     ids=lambda value: json.dumps(value)[:40],
 )  # fmt: skip
 def test_what_cannot_be_kept_is_refused_with_its_place(
-    grammars: Grammars, capfd: pytest.CaptureFixture[str], schema: Any, why: str
+    grammars: GrammarEngine, capfd: pytest.CaptureFixture[str], schema: Any, why: str
 ) -> None:
     with pytest.raises(RequestError, match="JSON schema") as caught:
         grammars.build("schema", json.dumps(schema))
@@ -275,7 +277,7 @@ def test_what_cannot_be_kept_is_refused_with_its_place(
     assert capfd.readouterr() == ("", "")
 
 
-def test_properties_beyond_those_named_come_last_and_end(grammars: Grammars) -> None:
+def test_properties_beyond_those_named_come_last_and_end(grammars: GrammarEngine) -> None:
     schema = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "integer"}}}
     at = matcher(grammars, "schema", json.dumps(schema))
     assert takes(at, '{"b": 1, "a": 2, "z": [], "y": {}}')
@@ -286,7 +288,7 @@ def test_properties_beyond_those_named_come_last_and_end(grammars: Grammars) -> 
     assert not takes(at, f"{{{many}}}")
 
 
-def test_keys_that_are_counted_on_differ(grammars: Grammars) -> None:
+def test_keys_that_are_counted_on_differ(grammars: GrammarEngine) -> None:
     at = matcher(grammars, "schema", '{"type": "object", "minProperties": 3}')
     rng = random.Random(0)
     outs = [out for _ in range(20) if (out := walk(at, rng)) is not None]

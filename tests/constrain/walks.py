@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from asyncllm.constrain.llguidance_backend import Grammars, Matcher
+from asyncllm.constrain.llguidance_backend import GrammarEngine, Matcher
 from asyncllm.errors import RequestError
 
 EOS = 256
 
 
-def byte_grammars() -> Grammars:
+def byte_grammars() -> GrammarEngine:
     """Grammars of a vocabulary whose tokens are the bytes, and an end token."""
-    return Grammars([*(bytes([byte]) for byte in range(256)), b""], 257, (EOS,))
+    return GrammarEngine([*(bytes([byte]) for byte in range(256)), b""], 257, (EOS,))
 
 
-def matcher(grammars: Grammars, kind: str, text: str) -> Matcher:
+def matcher(grammars: GrammarEngine, kind: str, text: str) -> Matcher:
     """At the beginning of an output. Raises RequestError."""
     grammars.keep(kind, text, grammars.build(kind, text))
     found = grammars.constrain(kind, text)

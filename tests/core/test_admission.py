@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from asyncllm.core.admission import Admission, Shares
+from asyncllm.core.admission import Admission, FairQuota
 from asyncllm.errors import RequestError, ServerBusy
 
 A, B, C = 1, 2, 3
@@ -74,7 +74,7 @@ def test_a_share_is_back_when_the_others_are_gone() -> None:
 
 
 def test_the_queue_never_holds_more_than_half_as_much_again_and_forgets_clients() -> None:
-    shares = Shares(10)
+    shares = FairQuota(10)
     for client in range(1, 200):
         while shares.room(client) > 0:
             shares.take(client)

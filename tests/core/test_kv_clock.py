@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from asyncllm.core.kv_clock import LocalClock, PagePool
+from asyncllm.core.kv_clock import PagePool, PauseAwareClock
 
 
 def test_time_in_which_one_could_not_look_does_not_pass() -> None:
     now = [100.0]
-    clock = LocalClock(0.5, lambda: now[0])
+    clock = PauseAwareClock(0.5, lambda: now[0])
     for step, passed in ((0.2, 0.2), (0.3, 0.5), (3600.0, 1.0), (0.1, 1.1)):
         now[0] += step
         assert clock.look() == pytest.approx(passed) == clock.now

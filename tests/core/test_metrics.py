@@ -9,16 +9,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from asyncllm.core.metrics import (
     REFUSED,
-    Answered,
-    Process,
+    AnsweredRequest,
+    ProcessCounters,
     ServerMetrics,
-    State,
+    StatsSnapshot,
     describe_slots,
 )
 from asyncllm.messages import AllocatorStats, SchedulerStats
-from asyncllm.records import Load
+from asyncllm.records import GroupLoad
 
-ANSWER = Answered("/v1/completions", 200, 10, 5, "stop", 0.25, 0.03, 0.4)
+ANSWER = AnsweredRequest("/v1/completions", 200, 10, 5, "stop", 0.25, 0.03, 0.4)
 
 
 def samples(metrics: ServerMetrics) -> dict[str, float]:
@@ -98,7 +98,7 @@ def test_a_client_that_left_is_a_failure() -> None:
 
 def test_an_answer_without_generation_counts_as_http_only() -> None:
     metrics = ServerMetrics("m")
-    metrics.observe(Answered("/health", 200, 0, 0, "", -1.0, -1.0, 0.001))
+    metrics.observe(AnsweredRequest("/health", 200, 0, 0, "", -1.0, -1.0, 0.001))
     got = samples(metrics)
     assert got["asyncllm_http_requests_total{route=/health,status=200}"] == 1
     assert got["asyncllm_request_duration_seconds_count"] == 0
@@ -109,7 +109,7 @@ def test_a_refused_request_enters_no_distribution() -> None:
     metrics = ServerMetrics("m")
     metrics.observe(ANSWER)
     before = samples(metrics)
-    metrics.observe(Answered("/v1/completions", 429, 0, 0, REFUSED, -1.0, -1.0, 0.0))
+    metrics.observe(AnsweredRequest("/v1/completions", 429, 0, 0, REFUSED, -1.0, -1.0, 0.0))
     after = samples(metrics)
     assert {key: value - before.get(key, 0) for key, value in after.items()
             if value != before.get(key)} == {
@@ -122,7 +122,7 @@ def test_a_refused_request_enters_no_distribution() -> None:
 def test_prompt_tokens_are_all_of_them_under_both_names_and_computed_ones_have_their_own() -> None:
     metrics = ServerMetrics("m")
     metrics.observe(ANSWER)
-    metrics.update(State(SchedulerStats(prompt_tokens=3)), Process())
+    metrics.update(StatsSnapshot(SchedulerStats(prompt_tokens=3)), ProcessCounters())
     got = samples(metrics)
     assert got["asyncllm_prompt_tokens_total"] == 10
     assert got["lightllm_prompt_tokens_total{model_name=m}"] == 10
@@ -131,10 +131,12 @@ def test_prompt_tokens_are_all_of_them_under_both_names_and_computed_ones_have_t
 
 def test_update_replaces_what_the_actors_hold() -> None:
     metrics = ServerMetrics("m")
-    process = Process([("scheduler", 3, 1.5, 0.02), ("runner", 0, 0.5, 0.1)], 2, 4)
-    metrics.update(State(SchedulerStats(steps=5), AllocatorStats(used=9)), Process())
+    process = ProcessCounters([("scheduler", 3, 1.5, 0.02), ("runner", 0, 0.5, 0.1)], 2, 4)
+    metrics.update(
+        StatsSnapshot(SchedulerStats(steps=5), AllocatorStats(used=9)), ProcessCounters()
+    )
     requests = SchedulerStats(running=3, waiting=1, steps=6)
-    metrics.update(State(requests, AllocatorStats(used=7, cached=2, total=100)), process)
+    metrics.update(StatsSnapshot(requests, AllocatorStats(used=7, cached=2, total=100)), process)
     got = samples(metrics)
     assert got["asyncllm_kv_slots_used"] == 7
     assert got["asyncllm_kv_slots_total"] == 100
@@ -165,6 +167,6 @@ def test_both_slot_spaces_are_told() -> None:
     assert describe_slots(slots) == (
         "KV used 30.0%, cached 20.0%, of layers with a window used 50.0%, cached 10.0%"
     )
-    assert State(allocator=slots).load == Load(
+    assert StatsSnapshot(allocator=slots).load == GroupLoad(
         used=30, expected=0, total=100, sliding_used=5, sliding_total=10, cached=20
     )

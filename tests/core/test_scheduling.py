@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 
 from asyncllm.constrain.protocol import Constraint, ResampleToken
-from asyncllm.core.request import Reason, SamplingParams
-from asyncllm.core.scheduling import Core
+from asyncllm.core.request import FinishReason, SamplingParams
+from asyncllm.core.scheduling import SchedulerCore
 from asyncllm.core.steps import Step
 from asyncllm.core.windows import Window
-from asyncllm.messages import Granted
+from asyncllm.messages import SlotsGranted
 
 EOS = 2
 
 
-def make(**changes: Any) -> Core:
+def make(**changes: Any) -> SchedulerCore:
     limits: dict[str, Any] = {
         "num_lanes": 8,
         "num_slots": 1000,
@@ -26,11 +26,11 @@ def make(**changes: Any) -> Core:
         "eos_ids": {EOS},
         "headroom": 0,
     }
-    return Core(**(limits | changes))
+    return SchedulerCore(**(limits | changes))
 
 
 def add(
-    core: Core,
+    core: SchedulerCore,
     rid: int,
     prompt_len: int,
     max_new: int = 10,
@@ -44,7 +44,7 @@ def add(
 
 
 def grant(
-    core: Core, *, rows: int | None = None, available: int = 500, hit: int = 0
+    core: SchedulerCore, *, rows: int | None = None, available: int = 500, hit: int = 0
 ) -> Step | None:
     """Propose and grant the first ``rows`` rows; opened ones hit ``hit`` tokens."""
     proposal = core.propose()
@@ -55,7 +55,7 @@ def grant(
         hits.append(hit if lane in opened else 0)
         counts.append(min(count, opened.get(lane, 10**6) - hits[-1]))
     slots = array("i", range(sum(hits) + sum(counts)))
-    return core.plan(Granted(hits, counts, slots, available))
+    return core.plan(SlotsGranted(hits, counts, slots, available))
 
 
 class Countdown(Constraint):
@@ -75,7 +75,7 @@ class Countdown(Constraint):
         return False
 
 
-def step(core: Core, **how: Any) -> Step:
+def step(core: SchedulerCore, **how: Any) -> Step:
     planned = grant(core, **how)
     assert planned is not None
     return planned
@@ -87,11 +87,11 @@ def shape(planned: Step) -> list[tuple[int, int]]:
     ]
 
 
-def commit(core: Core, planned: Step, token: int = 7) -> None:
+def commit(core: SchedulerCore, planned: Step, token: int = 7) -> None:
     core.commit(planned, array("i", [token if s else -1 for s in planned.plan.samples]))
 
 
-def reasons(core: Core) -> dict[int, tuple[Reason, int]]:
+def reasons(core: SchedulerCore) -> dict[int, tuple[FinishReason, int]]:
     return {end.rid: (end.reason, end.num_tokens) for end in core.ended}
 
 
@@ -168,7 +168,7 @@ def test_a_token_that_came_too_early_is_sampled_again() -> None:
     emitted = core.commit(second, array("i", [7, 8]))
     assert list(emitted.rids) == [2]
     assert (list(core.requests[1].outputs), core.preemptions) == ([5], 0)
-    core.plan(Granted(array("i", [0, 0]), array("i", [1, 4]), array("i", range(5)), 500))
+    core.plan(SlotsGranted(array("i", [0, 0]), array("i", [1, 4]), array("i", range(5)), 500))
     assert list(core.running) == [2, 3]
     again = step(core)
     row = [r[0].rid for r in again.rows].index(1)
@@ -212,7 +212,7 @@ def test_single_rows_granted_behind_longer_ones_keep_their_slots() -> None:
     add(core, 2, 10)
     core.propose()
     hits, counts = array("i", [0, 9]), array("i", [12, 1])
-    planned = core.plan(Granted(hits, counts, array("i", range(22)), 500))
+    planned = core.plan(SlotsGranted(hits, counts, array("i", range(22)), 500))
     assert planned is not None
     assert shape(planned) == [(2, 1), (1, 12)]
     assert list(planned.plan.slots) == [*range(12, 22), *range(12)]
@@ -225,24 +225,24 @@ def test_no_rows_are_asked_for_beyond_the_last_token() -> None:
     assert core.propose() is None
     for planned in steps:
         commit(core, planned)
-    assert reasons(core) == {1: (Reason.LENGTH, 3)}
+    assert reasons(core) == {1: (FinishReason.LENGTH, 3)}
     assert core.released[0][1].tolist() == [7, 7]  # the third has no KV
 
 
 @pytest.mark.parametrize(
     ("params", "token", "reason"),
     [
-        ({}, EOS, Reason.STOP),
+        ({}, EOS, FinishReason.STOP),
         ({"ignore_eos": True}, EOS, None),
-        ({"stop_token_ids": (5,)}, 5, Reason.STOP),
-        ({"stop_token_ids": (5,), "ignore_eos": True}, 5, Reason.STOP),
+        ({"stop_token_ids": (5,)}, 5, FinishReason.STOP),
+        ({"stop_token_ids": (5,), "ignore_eos": True}, 5, FinishReason.STOP),
         ({"min_new_tokens": 1}, EOS, None),
         ({"min_new_tokens": 1, "stop_token_ids": (5,)}, 5, None),
         ({}, 7, None),
     ],
 )
 def test_tokens_that_end_a_request(
-    params: dict[str, Any], token: int, reason: Reason | None
+    params: dict[str, Any], token: int, reason: FinishReason | None
 ) -> None:
     core = make()
     add(core, 1, 4, **params)
@@ -255,7 +255,7 @@ def test_eos_at_the_length_limit_is_a_stop() -> None:
     core = make()
     add(core, 1, 4, max_new=1)
     core.commit(step(core), array("i", [EOS]))
-    assert reasons(core) == {1: (Reason.STOP, 1)}
+    assert reasons(core) == {1: (FinishReason.STOP, 1)}
 
 
 def test_rows_behind_the_end_are_wasted_and_hold_the_lane() -> None:
@@ -279,7 +279,7 @@ def test_stop_hit_and_abort_end_once_and_late_ones_are_ignored() -> None:
     core.stop(2, 1)
     core.abort(1)
     core.abort(77)
-    assert reasons(core) == {1: (Reason.STOP, 1), 2: (Reason.ABORT, 1)}
+    assert reasons(core) == {1: (FinishReason.STOP, 1), 2: (FinishReason.ABORT, 1)}
     assert len(core.ended) == 2
 
 
@@ -291,7 +291,7 @@ def test_waiting_requests_are_admitted_only_while_kv_is_likely_to_last() -> None
     proposal = core.propose()
     assert proposal is not None
     assert not proposal.opened  # 12 + 5 does not fit 20 - 1 - 5
-    core.plan(Granted(array("i", [0]), array("i", [1]), array("i", [0]), 40))
+    core.plan(SlotsGranted(array("i", [0]), array("i", [1]), array("i", [0]), 40))
     assert shape(step(core)) == [(1, 1), (2, 12)]
 
 
@@ -373,7 +373,7 @@ def test_a_preempted_request_that_has_outgrown_the_kv_fails_instead_of_starting_
         commit(core, step(core))
     assert grant(core, rows=0) is None
     assert not core.relieve(any_inflight=False)
-    assert reasons(core) == {1: (Reason.ERROR, 1)}
+    assert reasons(core) == {1: (FinishReason.ERROR, 1)}
 
 
 def test_a_result_of_a_former_lane_is_ignored() -> None:
@@ -397,7 +397,7 @@ def test_a_release_since_the_reservation_is_tried_before_preempting() -> None:
     proposal = core.propose()
     assert proposal is not None
     commit(core, first, EOS)  # both end while their rows are reserved
-    assert core.plan(Granted(array("i"), array("i"), array("i"), 0)) is None
+    assert core.plan(SlotsGranted(array("i"), array("i"), array("i"), 0)) is None
     assert not core.relieve(any_inflight=False)
     assert core.preemptions == 0
     assert len(core.released) == 2
@@ -411,7 +411,7 @@ def test_a_score_only_request_ends_when_its_last_chunk_is_committed() -> None:
     commit(core, first)
     assert not core.ended
     commit(core, second)
-    assert reasons(core) == {1: (Reason.LENGTH, 0)}
+    assert reasons(core) == {1: (FinishReason.LENGTH, 0)}
 
 
 @pytest.mark.parametrize(
@@ -477,7 +477,7 @@ def test_a_preempted_request_returns_before_everybody_and_costs_no_turn() -> Non
     add(core, 4, 4, client=2)
     commit(core, planned)
     assert core.propose() is not None
-    assert core.plan(Granted(array("i"), array("i"), array("i"), 0)) is None
+    assert core.plan(SlotsGranted(array("i"), array("i"), array("i"), 0)) is None
     assert not core.relieve(False)
     assert [req.rid for req in core.waiting] == [2, 3, 4]
     core.abort(1)

@@ -7,7 +7,7 @@ from array import array
 import pytest
 
 from asyncllm.core.slots import Ledger, SlotPool
-from asyncllm.messages import Granted
+from asyncllm.messages import SlotsGranted
 from tests.actors.fake_device import check_ledger
 
 
@@ -17,7 +17,7 @@ def ints(values: range | list[int]) -> array[int]:
 
 def reserve(
     ledger: Ledger, *rows: tuple[int, int], **opened: tuple[list[int] | range, bool]
-) -> Granted:
+) -> SlotsGranted:
     """Rows are (lane, count); keywords ``lane3=(ids, may_share)``."""
     grant = ledger.reserve(
         ints([lane for lane, _ in rows]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncllm.core.stops import SequenceFinder, StopFinder, Stops
+from asyncllm.core.stops import SequenceFinder, StopFinder, StopMatcher
 
 LETTERS = st.text("abc", max_size=14)
 STOPS = st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3).map(tuple)
@@ -121,7 +121,7 @@ NAMED = st.lists(
 @settings(derandomize=True, max_examples=400, deadline=None)
 @given(parts=SOME, stops=NAMED)
 def test_texts_of_hidden_tokens_stop(parts: list[tuple[str, str]], stops: tuple[str, ...]) -> None:
-    finder = Stops(stops, SPECIAL)
+    finder = StopMatcher(stops, SPECIAL)
     got = "".join(finder.push(*part) for part in parts) + finder.flush()
     # each character of the whole text, and whether it is shown
     marked = [(c, i == 0) for part in parts for i, text in enumerate(part) for c in text]

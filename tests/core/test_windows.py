@@ -8,10 +8,10 @@ from array import array
 import pytest
 
 from asyncllm.core.window_slots import WindowLedger
-from asyncllm.core.windows import Division, PerSpace, Window
-from asyncllm.messages import Granted
+from asyncllm.core.windows import PerSpace, SlotDivision, Window
+from asyncllm.messages import SlotsGranted
 from tests.actors.fake_device import World, check_ledger, check_windows
-from tests.core.test_lives import live
+from tests.core.test_request_lifecycle import live
 
 GIB = 1 << 30
 
@@ -29,7 +29,7 @@ class Lanes:
 
     def step(
         self, rows: list[tuple[int, int]], opened: dict[int, list[int] | range] | None = None
-    ) -> Granted:
+    ) -> SlotsGranted:
         """Rows are (lane, count); what is granted is launched."""
         opened = opened or {}
         self.ledger.launched(self.launched)
@@ -253,7 +253,7 @@ def test_layers_that_alternate_leave_room_for_three_times_as_many_tokens(
 ) -> None:
     full, sliding, nbytes, size = GEMMA3[model]
     slot = PerSpace(full * nbytes, sliding * nbytes)
-    division = Division(slot=slot, window=Window(size), max_len=32_768)
+    division = SlotDivision(slot=slot, window=Window(size), max_len=32_768)
     num = division.fit(budget * GIB, None)
     assert division.nbytes(num) <= budget * GIB
     assert division.nbytes(PerSpace(num.full + 64, num.sliding + 8)) > budget * GIB
@@ -264,7 +264,7 @@ def test_layers_that_alternate_leave_room_for_three_times_as_many_tokens(
 
 
 def test_given_tokens_are_those_of_the_full_space() -> None:
-    division = Division(slot=PerSpace(100, 500), window=Window(64), max_len=1000)
+    division = SlotDivision(slot=PerSpace(100, 500), window=Window(64), max_len=1000)
     least = division.nbytes(division.balanced(2000))
     assert division.fit(least - 1, 2000).full < 2000, "told with the flag"
     assert division.fit(least, 2000) == division.balanced(2000) == PerSpace(2000, 333)
@@ -274,7 +274,7 @@ def test_given_tokens_are_those_of_the_full_space() -> None:
 
 
 def test_where_all_layers_slide_memory_is_for_windows_only() -> None:
-    division = Division(slot=PerSpace(0, 100), window=Window(64), max_len=1000)
+    division = SlotDivision(slot=PerSpace(0, 100), window=Window(64), max_len=1000)
     assert division.fit(100_100, None) == PerSpace(13_000, 1000)
     assert division.fit(100_100, 400) == PerSpace(4000, 400), "slots, for longer sequences"
     assert division.fit(100_100, 80) == PerSpace(1000, 80), "one of the longest ones"
@@ -283,7 +283,7 @@ def test_where_all_layers_slide_memory_is_for_windows_only() -> None:
 
 
 def test_without_windows_there_is_one_space() -> None:
-    division = Division(slot=PerSpace(100, 0), window=None, max_len=1000)
+    division = SlotDivision(slot=PerSpace(100, 0), window=None, max_len=1000)
     assert division.fit(100_100, None) == PerSpace(1000, 1000)
     assert division.fit(100_100, 400) == PerSpace(400, 400)
     assert division.fit(100_100, 4000) == PerSpace(1000, 1000)

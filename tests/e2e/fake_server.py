@@ -19,27 +19,27 @@ import aiohttp
 from asyncllm.actors.access import Access
 from asyncllm.actors.base import Actor
 from asyncllm.actors.frontend import Frontend
-from asyncllm.actors.settings import Limits
+from asyncllm.actors.frontend_settings import FrontendLimits
 from asyncllm.actors.system import ActorSystem
 from asyncllm.api.common.answer import Vocab
 from asyncllm.api.common.request import ServedModel
 from asyncllm.codec import i32
-from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.core.request import FinishReason, SamplingParams
 from asyncllm.messages import (
     Abort,
     Accepted,
     Cancel,
-    Count,
-    Counted,
-    Delta,
+    CountTokens,
     Drained,
     Finished,
     Scrape,
     Scraped,
     Started,
+    TextDelta,
     Tokenize,
+    TokensCounted,
 )
-from asyncllm.records import Failure, Load, Logprobs
+from asyncllm.records import Failure, GroupLoad, Logprobs
 
 EOS = 256
 SERVED = ServedModel(
@@ -98,14 +98,14 @@ class Model(Actor[Any]):
                         self.answer(msg)
                 case Abort(rid):
                     self.aborted.append(rid)
-                case Count(query, text, special, chat):
+                case CountTokens(query, text, special, chat):
                     if chat is not None:
                         text = json.loads(chat)["messages"][-1]["content"]
                     if self.refusal:
-                        self.front.tell(Counted(query, failure=Failure(self.refusal)))
+                        self.front.tell(TokensCounted(query, failure=Failure(self.refusal)))
                     elif self.counts:
                         ids = i32([*([EOS] if special else []), *text.encode()])
-                        self.front.tell(Counted(query, ids))
+                        self.front.tell(TokensCounted(query, ids))
         self.spawn(self._notify())
 
     async def _notify(self) -> None:
@@ -173,7 +173,7 @@ class Model(Actor[Any]):
                 floats([score(i) - j for i in range(len(prompt) - 1) for j in range(wide)]),
             )
         self.front.tell(
-            Delta(
+            TextDelta(
                 rid,
                 "".join(pieces) if text is None else text,
                 i32(tokens),
@@ -188,13 +188,13 @@ class Model(Actor[Any]):
         rid: int,
         prompt_len: int,
         count: int,
-        reason: Reason = Reason.LENGTH,
+        reason: FinishReason = FinishReason.LENGTH,
         stop: str = "",
     ) -> None:
         self.front.tell(Finished(rid, reason, None, prompt_len // 2, count, stop))
 
     def fail(self, rid: int, detail: str, code: str, status: int) -> None:
-        self.front.tell(Finished(rid, Reason.ERROR, Failure(detail, code, status)))
+        self.front.tell(Finished(rid, FinishReason.ERROR, Failure(detail, code, status)))
 
 
 class Watchdog(Actor[Any]):
@@ -203,7 +203,7 @@ class Watchdog(Actor[Any]):
     def __init__(self) -> None:
         super().__init__("watchdog")
         self.answers, self.groups = True, 1
-        self.load = Load(used=10, expected=30, total=40)
+        self.load = GroupLoad(used=10, expected=30, total=40)
         self.got: list[Any] = []
         self.drained = asyncio.Event()
 
@@ -275,7 +275,7 @@ async def serving(
         served=replace(SERVED, tgi=tgi),
         vocab=VOCAB,
         sockets=[sock],
-        limits=Limits(**limits),
+        limits=FrontendLimits(**limits),
         access=access,
         info=info,
         on_open=lambda: server.opened.set(),

@@ -19,7 +19,7 @@ from asyncllm import config as options
 from asyncllm import rank
 from asyncllm.actors.access import Access, AccessControl
 from asyncllm.config import Config
-from asyncllm.core.request import Reason
+from asyncllm.core.request import FinishReason
 from asyncllm.errors import StartupError
 from asyncllm.server.launch import tls_context
 from tests.e2e.fake_server import Server, serving
@@ -334,7 +334,7 @@ async def test_silent_streams_get_comments(server: Server) -> None:
             assert await response.content.readuntil(b"\n\n") == quiet
             params = asked.params
             server.model.delta(asked.rids[0], [97], params)
-            server.model.finish(asked.rids[0], len(ids), 1, Reason.STOP)
+            server.model.finish(asked.rids[0], len(ids), 1, FinishReason.STOP)
             rest = (await response.read()).replace(quiet, b"")
             assert b'"a"' in rest
 
@@ -360,7 +360,7 @@ async def test_native_streams_get_comments_only_if_asked_for(server: Server) -> 
             (exchange,) = server.front._exchanges
             assert bool(exchange.watch) == watched
             server.model.delta(asked.rids[0], [97], asked.params)
-            server.model.finish(asked.rids[0], len(ids), 1, Reason.STOP)
+            server.model.finish(asked.rids[0], len(ids), 1, FinishReason.STOP)
             await response.read()
 
 

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from asyncllm.actors.access import Access
-from asyncllm.core.request import Reason
+from asyncllm.core.request import FinishReason
 from asyncllm.messages import Finished
 from asyncllm.records import Failure, Overflow
 from tests.e2e.fake_server import Server
@@ -49,7 +49,7 @@ async def test_the_stop_sequence_is_named(server: Server) -> None:
     (asked,) = server.model.asked
     ids = server.model.accept(asked)
     server.model.delta(asked.rids[0], [97], asked.params)
-    server.model.finish(asked.rids[0], len(ids), 2, Reason.STOP, stop="!")
+    server.model.finish(asked.rids[0], len(ids), 2, FinishReason.STOP, stop="!")
     _, got = await post
     assert (got["stop_reason"], got["stop_sequence"]) == ("stop_sequence", "!")
 
@@ -85,7 +85,7 @@ async def test_what_does_not_fit_is_told_in_anthropics_words(server: Server) -> 
     """Clients that shorten what they send look for them."""
     over = [Overflow(9, 0, 8, "--flag"), Overflow(5, 4, 8, "--flag")]
     failures = [Failure("not for them", "context_length_exceeded", 400, each) for each in over]
-    server.model.refuse = lambda msg: Finished(msg.rids[0], Reason.ERROR, failures.pop(0))
+    server.model.refuse = lambda msg: Finished(msg.rids[0], FinishReason.ERROR, failures.pop(0))
     told = [await server.post(MESSAGES, {"messages": HI, "max_tokens": 1}) for _ in over]
     assert [(status, got["error"]) for status, got in told] == [
         (400, {"type": "invalid_request_error", "message": message})

@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 import uvloop
 
-from asyncllm.core.request import Reason, SamplingParams
+from asyncllm.core.request import FinishReason, SamplingParams
 from asyncllm.messages import (
     FRONTEND_SHIFT,
     Drain,
@@ -25,7 +25,7 @@ from asyncllm.messages import (
     Started,
     Tokenize,
 )
-from asyncllm.records import Answered, Failure
+from asyncllm.records import AnsweredRequest, Failure
 from tests.e2e.fake_server import EOS, Server, serving
 
 HI = [{"role": "user", "content": "hi"}]
@@ -62,13 +62,13 @@ async def http1(server: Server, head: str, body: Any) -> bytes:
         writer.close()
 
 
-async def served(server: Server) -> Answered:
+async def served(server: Server) -> AnsweredRequest:
     """The newest answer for text that the watchdog was told of."""
     await server.post("/tokens", {"text": "x"})  # one more turn of the loop's actors
     return next(a for a in reversed(answered(server)) if a.reason)
 
 
-def answered(server: Server) -> list[Answered]:
+def answered(server: Server) -> list[AnsweredRequest]:
     """All that the watchdog was told of."""
     told = [m.answers for m in server.watchdog.got if isinstance(m, RequestServed)]
     return [answer for answers in told for answer in answers]
@@ -341,7 +341,7 @@ async def test_a_request_is_aborted_by_its_id(server: Server) -> None:
     await model.until(lambda: len(model.aborted) == 2)
     assert model.aborted == [first, second]
     for rid in (first, second):
-        model.finish(rid, 2, 0, Reason.ABORT)
+        model.finish(rid, 2, 0, FinishReason.ABORT)
     status, whole = await mine
     assert (status, whole["generated_text"], whole["finish_reason"]) == (
         200,
@@ -367,7 +367,7 @@ async def test_all_requests_are_aborted_wherever_they_are(server: Server) -> Non
     await server.post("/abort_request", {"abort_all": True})
     await model.until(lambda: len(model.aborted) == 2)
     for rid in model.aborted:
-        model.finish(rid, 1, 0, Reason.ABORT)
+        model.finish(rid, 1, 0, FinishReason.ABORT)
     status, whole = await started
     assert (status, whole["choices"][0]["finish_reason"]) == (200, "abort")
     status, told = await waiting
@@ -413,7 +413,7 @@ async def test_served_is_told(server: Server) -> None:
 
 @live()
 async def test_what_the_tokenizer_refuses_was_not_taken_in(server: Server) -> None:
-    server.model.refuse = lambda m: Finished(m.rids[0], Reason.ERROR, Failure("long"))
+    server.model.refuse = lambda m: Finished(m.rids[0], FinishReason.ERROR, Failure("long"))
     assert (await server.post(COMPLETIONS, {"prompt": ["a", "b"]}))[0] == 400
     got = await served(server)
     assert (got.status, got.reason, got.total_s) == (400, "refused", 0.0)
@@ -494,7 +494,7 @@ def test_errors_before_headers_are_plain(stream: bool) -> None:
             bad = msg.text == "bad"
             detail = "This prompt exceeds the context window: 9 prompt tokens, limit 8"
             failure = Failure(detail, "context_length_exceeded")
-            error = Finished(msg.rids[0], Reason.ERROR, failure)
+            error = Finished(msg.rids[0], FinishReason.ERROR, failure)
             return error if bad else None
 
         server.model.refuse = refuse
@@ -778,7 +778,7 @@ async def test_the_servers_own_abort_is_503(server: Server) -> None:
     await server.model.until(lambda: bool(server.model.asked))
     (asked,) = server.model.asked
     server.model.accept(asked)
-    server.model.finish(asked.rids[0], 2, 0, Reason.ABORT)
+    server.model.finish(asked.rids[0], 2, 0, FinishReason.ABORT)
     assert (await post)[0] == 503
 
 

@@ -11,7 +11,7 @@ import pytest
 from asyncllm.api.parsing.output_parser import Dialect
 from asyncllm.api.parsing.reasoning import prompt_state
 from asyncllm.codec import i32
-from asyncllm.core.request import Reason
+from asyncllm.core.request import FinishReason
 from asyncllm.messages import Accepted, Tokenize
 from tests.api.harness import ARGS, CALL, SCHEMA, THINK, TOOLS, WEATHER, called, joined
 from tests.e2e.fake_server import Server
@@ -33,7 +33,7 @@ SCRIPTS: dict[str, Script] = {
 }  # fmt: skip
 
 
-def script(server: Server, head: str, text: str, reason: Reason = Reason.STOP) -> None:
+def script(server: Server, head: str, text: str, reason: FinishReason = FinishReason.STOP) -> None:
     """Answer every request with ``text``, a byte at a time."""
 
     def answer(msg: Tokenize) -> None:
@@ -95,7 +95,7 @@ def test_formats(case: Script) -> None:
 
 @live()
 async def test_a_call_that_is_cut(server: Server) -> None:
-    script(server, "", '<tool_call>{"name": "weather", "arguments": {"city', Reason.LENGTH)
+    script(server, "", '<tool_call>{"name": "weather", "arguments": {"city', FinishReason.LENGTH)
     asked = {"messages": HI, "tools": TOOLS, "logprobs": True}
     _, body = await server.post(CHAT, asked)
     (choice,) = body["choices"]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from html import unescape
 
 from asyncllm.actors.access import Access
-from asyncllm.actors.http import DOC_FILES, SWAGGER, Routes
+from asyncllm.actors.http import DOC_FILES, SWAGGER, HttpRoutes
 from asyncllm.api.openapi import welcome
 from asyncllm.api.openapi.welcome import curl_line
 from tests.e2e.fake_server import SERVED, Server
@@ -25,7 +25,7 @@ async def test_every_route_is_documented(server: Server) -> None:
         for path, methods in document["paths"].items()
         for method in methods
     }
-    app = Routes(server.front).app()
+    app = HttpRoutes(server.front).app()
     served = {
         (re.sub(r"\{.*\}", "*", str(r.resource.canonical)), r.method)
         for r in app.router.routes()

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from asyncllm.engine.quant_cuda import QuantWays
+from asyncllm.engine.quant_cuda import KernelThresholds
 from asyncllm.kernels import autotune
 from asyncllm.kernels.attention.decode_plan import DecodeConfig, decode_config
 from asyncllm.kernels.attention.kv8 import KIND_NAMES
@@ -54,7 +54,7 @@ READ: dict[str, Callable[[dict[str, Any]], object]] = {
     "latent prefill": lambda entry: LatentPrefillConfig(**entry),
     "experts": ExpertsConfig.of,
     "quant": lambda entry: quant_config(entry),
-    "quant ways": lambda entry: QuantWays(**entry),
+    "quant ways": lambda entry: KernelThresholds(**entry),
     "launch": lambda entry: entry == {"early": True} or entry["late"],
 }
 

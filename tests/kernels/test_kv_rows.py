@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from asyncllm.engine import kv_pages
-from asyncllm.engine.kv_pages import Strip, Strips
+from asyncllm.engine.kv_pages import RowSlice, SliceSet
 from asyncllm.kernels.kv_rows import (
     page_to_rows,
     page_to_rows_ref,
@@ -29,15 +29,15 @@ def noise(*shape: int, seed: int) -> Tensor:
     return torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(DEVICE)
 
 
-def strips_of(word: int) -> Strips:
+def strips_of(word: int) -> SliceSet:
     rows = [noise(NUM_SLOTS, row, seed=i) for i, (row, _, _) in enumerate(TABLES[word])]
     kinds = zip(rows, TABLES[word], strict=True)
-    strips = Strips(tuple(Strip(x, first, width) for x, (_, first, width) in kinds))
+    strips = SliceSet(tuple(RowSlice(x, first, width) for x, (_, first, width) in kinds))
     assert strips.word == word
     return strips
 
 
-def views(strips: Strips) -> list[Tensor]:
+def views(strips: SliceSet) -> list[Tensor]:
     return [s.rows[:, s.first : s.first + s.width] for s in strips.strips]
 
 

@@ -7,8 +7,8 @@ import torch
 
 from asyncllm.core.windows import PerSpace
 from asyncllm.engine import latent_cuda
-from asyncllm.engine.latent_cpu import TorchLatent, TorchLatents
-from asyncllm.engine.latent_cuda import TritonLatent, TritonLatents
+from asyncllm.engine.latent_cpu import TorchLatentAttention, TorchLatents
+from asyncllm.engine.latent_cuda import TritonLatentAttention, TritonLatents
 from asyncllm.models.attention import Batch, HostRows, Latent
 from asyncllm.models.kv_format import FORMATS
 from asyncllm.models.rope import Rope
@@ -87,13 +87,13 @@ def test_both_backends_say_the_same(
     )  # fmt: skip
     form = FORMATS[fmt] if fmt else None
     layout = TorchLatents([spec], torch.float32, form)
-    plain = TorchLatent([spec], layout, MAX_LEN, CPU, least=1 << 20)
+    plain = TorchLatentAttention([spec], layout, MAX_LEN, CPU, least=1 << 20)
     [want_kv] = layout.allocate(PerSpace(SLOTS + 1, 0), CPU)
     old = randn(SLOTS + 1, 40, dtype=torch.float32, seed=4).cpu()
     layout.write(want_kv, torch.arange(SLOTS + 1), old)
     kv = tuple(x.clone().to(WHERE) for x in want_kv)
     want = plain.plan(spec, ours).run(q[:rows].cpu(), want_kv, _to(latent, rows))
-    backend = TritonLatent(
+    backend = TritonLatentAttention(
         [spec], TritonLatents([spec], torch.float32, form), MAX_LEN, WHERE, least=least
     )
     plan = backend.plan(spec, padded)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from asyncllm.engine import quant_cuda, quant_torch
-from asyncllm.engine.quant_cuda import QuantWays
+from asyncllm.engine.quant_cuda import KernelThresholds
 from asyncllm.kernels.quant.rows import quantize_rows_ref
 from asyncllm.models.quantization import QuantKind, QuantRows, QuantWeight
 from tests.kernels.harness import DEVICE, assert_close, randn, replayed
@@ -22,7 +22,7 @@ KINDS: list[tuple[QuantKind, int]] = [
     ("int4_group", 128),
     ("int4_group", 24),
 ]
-NONE = QuantWays(0, 1 << 30)
+NONE = KernelThresholds(0, 1 << 30)
 
 
 def make_weight(
@@ -60,7 +60,7 @@ def test_few_rows_stay_as_they_are(kind: QuantKind, group: int) -> None:
     weight = make_weight(kind, group, (72, 768), torch.float16)
     x, out = randn(2, 768, dtype=torch.float16), randn(2, 72, dtype=torch.float16, seed=7)
     exact = x.float() @ quant_torch.dequantize(weight).t()
-    assert quant_cuda.quant_linear(x, weight, out=out, ways=QuantWays(2, 9)) is out
+    assert quant_cuda.quant_linear(x, weight, out=out, ways=KernelThresholds(2, 9)) is out
     assert_close("out", exact.half(), out)
     # odd inputs cannot be read in pairs
     narrow = make_weight(kind, group, (72, 767), torch.float16)
@@ -81,7 +81,7 @@ def test_many_rows_of_four_bits_by_way_of_the_library(
     x, bias = randn(5, 768, dtype=torch.float16), randn(72, dtype=torch.float16, seed=7)
     space = torch.full((5, 80), 7.0, dtype=torch.float16, device=DEVICE)
     packed = quant_cuda.pack_quant(weight)
-    got = quant_cuda.quant_linear(x, packed, bias, space[:, 4:76], QuantWays(0, 4))
+    got = quant_cuda.quant_linear(x, packed, bias, space[:, 4:76], KernelThresholds(0, 4))
     want = quant_torch.quant_linear(x, weight, bias)
     assert_close("out", want, got.contiguous(), 3e-3)
     assert (space[:, :4] == 7).all()
@@ -171,5 +171,5 @@ def test_the_library_sums_many_inputs_in_float32(
         *quantize_rows_ref(x, torch.float8_e4m3fn, blocked=kind == "fp8_block"),
         torch.bfloat16,
     )
-    quant_cuda.quant_linear(rows, weight, ways=QuantWays(0, 0))
+    quant_cuda.quant_linear(rows, weight, ways=KernelThresholds(0, 0))
     assert asked == [fast]

@@ -26,7 +26,7 @@ from asyncllm.models.model import Model
 from asyncllm.models.ops import Activations, Product
 from asyncllm.models.quantization import AS_STORED, WeightTypes
 from asyncllm.models.spec import ModelSpec
-from asyncllm.records import Opened
+from asyncllm.records import OpenedLane
 
 GREEDY = SamplingParams(temperature=0.0, logprobs=0)
 
@@ -67,7 +67,7 @@ class Driver:
             if first:
                 p = seq.params
                 known = seq.prompt if p.prompt_logprobs >= 0 or _penalised(p) else []
-                opened.append(Opened(seq.lane, len(seq.prompt), p, i32(known)))
+                opened.append(OpenedLane(seq.lane, len(seq.prompt), p, i32(known)))
                 seq.computed = head
             starts.append(seq.computed)
             new = [self.free.pop() for _ in range(count)]
@@ -248,7 +248,7 @@ class Ranks:
         return StepPlan(
             step=step, num_decode=0 if size > 1 else 1, lanes=i32([0]), starts=i32([0]),
             counts=i32([size]), cached_counts=i32([0]), slots=i32(range(size)), samples=bytearray(b"\1"),
-            tokens=i32(range(3, 3 + size)), opened=[Opened(0, size, GREEDY, i32([]))],
+            tokens=i32(range(3, 3 + size)), opened=[OpenedLane(0, size, GREEDY, i32([]))],
         )  # fmt: skip
 
     def wait(self) -> StepDone:

@@ -16,7 +16,7 @@ from asyncllm.engine.sampling import SamplingTensors, TorchSampler
 from asyncllm.engine.sampling_table import SamplingTable
 from asyncllm.engine.step_inputs import unpack
 from asyncllm.messages import StepPlan
-from asyncllm.records import Opened
+from asyncllm.records import OpenedLane
 from tests.models.harness import Driver, Sequence, make_device
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -70,7 +70,7 @@ def test_a_ban_of_end_tokens_yields_to_a_grammar_that_allows_nothing_else(
     table = SamplingTable(1, 32, eos_ids=(2,))
     plan = StepPlan(
         step=1, num_decode=1, lanes=i32([0]), starts=i32([9]), counts=i32([1]), cached_counts=i32([0]),
-        slots=i32([7]), tokens=i32([-1]), samples=bytearray(b"\x01"), opened=[Opened(0, 10, params, i32([]))],
+        slots=i32([7]), tokens=i32([-1]), samples=bytearray(b"\x01"), opened=[OpenedLane(0, 10, params, i32([]))],
     )  # fmt: skip
     table.open(plan)
     bias = table.batch(unpack(plan, 64)).bias

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from asyncllm.codec import i32
-from asyncllm.core import drafting
-from asyncllm.core.lookup import Lookup
+from asyncllm.core import draft_scheduler
+from asyncllm.core.ngram_lookup import NgramLookup
 from asyncllm.core.request import SamplingParams
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.messages import Finished, Submit, Tokens
@@ -23,7 +23,7 @@ from tests.models.test_resumed import EOS, KINDS, SIZE, EngineWorld, alone
 Continue = Callable[["array[int]"], "array[int]"]
 
 
-class Prophet(Lookup):
+class Prophet(NgramLookup):
     """Guesses what the test says; a lookup would have nothing to find in what this model writes."""
 
     __slots__ = ("_continue",)
@@ -44,7 +44,9 @@ class Prophet(Lookup):
 
 
 def foretold(monkeypatch: pytest.MonkeyPatch, how: Continue) -> None:
-    monkeypatch.setattr(drafting, "Lookup", lambda ids, most, *_, **__: Prophet(ids, most, how))
+    monkeypatch.setattr(
+        draft_scheduler, "NgramLookup", lambda ids, most, *_, **__: Prophet(ids, most, how)
+    )
 
 
 def with_drafts(

@@ -31,7 +31,7 @@ from asyncllm.engine.quant_torch import dequantize
 from asyncllm.errors import StartupError
 from asyncllm.models.checkpoint import read_checkpoint
 from asyncllm.models.experts import Experts
-from asyncllm.models.model import Site
+from asyncllm.models.model import ModelContext
 from asyncllm.models.ops import Product
 from asyncllm.models.quant_config import StoredForm
 from asyncllm.models.quantization import Quantisation, QuantStack, WeightTypes
@@ -137,7 +137,7 @@ def make(
     ep: bool = False,
     quantisation: Quantisation | None = None,
 ) -> Experts:
-    site = Site(
+    site = ModelContext(
         comm=SingleRank(), world=Rank(rank, size), whole_experts=ep, ops=TorchOps(),
         attention=TorchAttention([], TorchPairs([], torch.float32), 1, CPU),
         dtype=torch.float32, device=CPU, quantisation=quantisation or Quantisation(),

@@ -18,7 +18,7 @@ from asyncllm.engine.ops_cpu import TorchOps
 from asyncllm.engine.parallel import SingleRank
 from asyncllm.gguf_folder import gguf_folder
 from asyncllm.models.gguf_packed import PLANES, PackedMatrix, PackedTarget
-from asyncllm.models.gguf_tensors import PACKED, GgufTensors
+from asyncllm.models.gguf_tensors import PACKED, GgufWeights
 from asyncllm.models.quantization import WeightTypes
 from tests.models.families import CASES, Reference, largest_difference, make
 from tests.models.gguf_files import convert, random_blocks, write
@@ -36,7 +36,7 @@ def packed(
     raw = random_blocks(kind, (rows, columns), 3)
     write(path, "llama", {}, [("token_embd.weight", raw, kind)])
     matrix = PackedMatrix(site(dtype), (rows, columns), kind, spare=spare)
-    source = GgufTensors(path).tensor("model.embed_tokens.weight")
+    source = GgufWeights(path).tensor("model.embed_tokens.weight")
     PackedTarget(matrix, 0, rows, ((0, 0, rows),)).fill(source)
     TorchPackedOps().pack(matrix)
     return matrix, torch.from_numpy(np.array(dequantize(raw, GGMLQuantizationType[kind])))

@@ -28,28 +28,28 @@ from asyncllm.engine.h2d import FIXED_WORDS, Uploader
 from asyncllm.engine.sampler_graphs import (
     KINDS,
     MAX_ROWS,
-    Ended,
+    SampledTokens,
     SamplerGraphs,
     SamplerVariant,
     sampler_sizes,
 )
 from asyncllm.engine.sampling_table import SamplingBatch, SamplingTable
-from asyncllm.engine.sharing import Sharing
+from asyncllm.engine.sharing import SharedReads
 from asyncllm.engine.step_inputs import (
     Bucket,
-    Extras,
     HostColumn,
-    Lengths,
+    LengthPenalties,
+    OptionalInputs,
     RowColumns,
-    Rows,
     Scatter,
     SharedRowColumns,
     StepColumns,
+    StepRows,
     unpack,
 )
 from asyncllm.messages import StepPlan
 from asyncllm.models.kv_format import DECODE_KERNELS, FORMATS, PLAIN, KvMode
-from asyncllm.records import Opened
+from asyncllm.records import OpenedLane
 from tests.kernels.harness import no_sync
 from tests.models.families import CASES, make
 from tests.models.families import VOCAB as FAMILY_VOCAB
@@ -106,7 +106,7 @@ def test_steps_end_in_the_graph_of_their_kind(
     params: list[int], expected: SamplerVariant | None
 ) -> None:
     lanes = SamplingTable(8, VOCAB, (2,))
-    opened = [Opened(lane, 3, CHOICES[i], i32([])) for lane, i in enumerate(params)]
+    opened = [OpenedLane(lane, 3, CHOICES[i], i32([])) for lane, i in enumerate(params)]
     n = len(params)
     plan = StepPlan(
         step=1, num_decode=0, lanes=i32(range(n)), starts=i32([0] * n), counts=i32([3] * n),
@@ -144,7 +144,7 @@ class NoDecoderGraphs(DecoderGraphs):
     def capture(self, *_: object) -> None:
         pass
 
-    def pick(self, rows: Rows, num_tokens: int, *, mixed: bool) -> None:
+    def pick(self, rows: StepRows, num_tokens: int, *, mixed: bool) -> None:
         return None
 
 
@@ -156,7 +156,7 @@ def test_ends_in_graphs_choose_what_eager_ones_choose(
     answers: list[list[Sequence]] = []
     capture, used, end = Simulated(), set(), SamplerGraphs.end
 
-    def noted(self: SamplerGraphs, variant: SamplerVariant, *args: Any) -> Ended:
+    def noted(self: SamplerGraphs, variant: SamplerVariant, *args: Any) -> SampledTokens:
         used.add(variant)
         return end(self, variant, *args)
 
@@ -194,7 +194,7 @@ def step(num_decode: int, prefills: list[int], choices: list[int]) -> StepPlan:
         step=1, num_decode=num_decode, lanes=i32(range(num)), starts=i32(range(7, 7 + num)),
         counts=i32(counts), cached_counts=i32([0] * num), slots=i32(range(100, 100 + total)),
         tokens=i32(range(200, 200 + total)), samples=bytearray(1 for _ in counts),
-        opened=[Opened(lane, 3, p, i32([])) for lane, p in enumerate(params)],
+        opened=[OpenedLane(lane, 3, p, i32([])) for lane, p in enumerate(params)],
         sliding=i32(range(500, 500 + total)), siblings=i32(range(num)),
         commons=i32([0 if lane % 9 == 0 else 6 for lane in range(num)]),
     )  # fmt: skip
@@ -218,7 +218,7 @@ def test_graphs_are_replayed_on_the_addresses_that_they_were_captured_with(
 ) -> None:
     """Whatever the bucket and the sampler's variant; and there lies the step, padded."""
     uploader = fixed(LANES, two_spaces=two_spaces)
-    graphs, sharing = DecoderGraphs(LANES, 300, shares=shares), Sharing(FREE)
+    graphs, sharing = DecoderGraphs(LANES, 300, shares=shares), SharedReads(FREE)
     samplers = SamplerGraphs(torch.zeros(LANES, 4))
     given: dict[object, Any] = {}
 
@@ -226,7 +226,9 @@ def test_graphs_are_replayed_on_the_addresses_that_they_were_captured_with(
         given[bucket] = columns
         return torch.zeros(1)
 
-    def ended(_: torch.Tensor, columns: StepColumns[torch.Tensor], kind: SamplerVariant) -> Ended:
+    def ended(
+        _: torch.Tensor, columns: StepColumns[torch.Tensor], kind: SamplerVariant
+    ) -> SampledTokens:
         given[kind] = columns
         return torch.zeros(1), None
 
@@ -246,7 +248,7 @@ def test_graphs_are_replayed_on_the_addresses_that_they_were_captured_with(
         assert bucket is not None
         assert kind is not None
         seen |= {bucket, kind}
-        columns, _ = uploader.upload(uploader.write(rows, batch, Extras(), bucket))
+        columns, _ = uploader.upload(uploader.write(rows, batch, OptionalInputs(), bucket))
         assert (columns.shared is None) == (not bucket.shares)
         assert not rows.shared or bucket.shares
         for ours, theirs in ((columns.rows, given[bucket].rows),
@@ -271,7 +273,7 @@ def test_graphs_are_replayed_on_the_addresses_that_they_were_captured_with(
     assert {(k.greedy, k.truncates, k.penalized) for k in seen if isinstance(k, SamplerVariant)} == set(KINDS)  # fmt: skip
 
 
-def check_shared(columns: SharedRowColumns[torch.Tensor], rows: Rows) -> None:
+def check_shared(columns: SharedRowColumns[torch.Tensor], rows: StepRows) -> None:
     """Groups and their rows, and padding that is in none."""
     groups, found = columns.groups.view(4, -1), rows.shared
     if found is None:
@@ -306,7 +308,7 @@ def test_groups_that_step_together_have_graphs_of_one_size() -> None:
     assert graphs.size(5000, mixed=True) == 5000
 
 
-def check_rows(given: RowColumns[torch.Tensor], rows: Rows) -> None:
+def check_rows(given: RowColumns[torch.Tensor], rows: StepRows) -> None:
     tokens, decode = len(rows.tokens), rows.num_decode
     prefill = len(rows.lanes) - decode
     for column, values, padding in (
@@ -362,9 +364,9 @@ def test_what_no_graph_reads_comes_behind_what_graphs_read() -> None:
     rows = unpack(plan, 512)
     for size in (5, FIXED_WORDS + 3):
         scales = np.linspace(1, 2, 3, dtype=np.float32)
-        extras: Extras[HostColumn] = Extras(
+        extras: OptionalInputs[HostColumn] = OptionalInputs(
             known=Scatter(np.arange(size, dtype=np.int32), np.arange(size, dtype=np.int32)[::-1]),
-            lengths=Lengths(np.arange(3, dtype=np.int32), scales),
+            lengths=LengthPenalties(np.arange(3, dtype=np.int32), scales),
         )
         theirs.rows.tokens.zero_()
         columns, placed = uploader.upload(uploader.write(rows, table.batch(rows), extras, bucket))

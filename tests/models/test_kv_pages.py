@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asyncllm.core.kv_parts import part
+from asyncllm.core.kv_heads import part
 from asyncllm.core.windows import PerSpace
 from asyncllm.engine.kv_pages import CpuPages, CudaPages, KvBytes, as_bytes, row_bytes, warm_up
 from asyncllm.models.attention import KvLatents, KvLayout, KvPairs, LayerKv

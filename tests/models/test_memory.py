@@ -29,7 +29,7 @@ from asyncllm.engine.build import (
     within,
 )
 from asyncllm.engine.device import CpuDevice
-from asyncllm.engine.engine import Engine, Outputs, Work
+from asyncllm.engine.engine import Engine, Outputs, PreparedStep
 from asyncllm.engine.parallel import SingleRank
 from asyncllm.errors import StartupError
 from asyncllm.models.llama import Decoder
@@ -303,7 +303,7 @@ def watch_a_full_step(
     held += engine.model.site.attention.nbytes
     execute = engine.execute
 
-    def watched(work: Work) -> Outputs:
+    def watched(work: PreparedStep) -> Outputs:
         with peak:
             return execute(work)
 

@@ -26,7 +26,7 @@ from asyncllm.models.checkpoint import as_stored, read_checkpoint, weight_files
 from asyncllm.models.deepspeed import layer_files, place
 from asyncllm.models.llama import Decoder
 from asyncllm.models.spec import ModelSpec
-from asyncllm.models.tensors import Index, JoinedShards, Stored
+from asyncllm.models.tensors import Index, JoinedShards, StoredTensor
 from asyncllm.models.unpickle import FoundTensors, Pickles
 from tests.models.harness import build
 from tests.models.test_llama import make_checkpoint
@@ -341,7 +341,7 @@ class Held:
 def test_slices_of_shards_are_those_of_the_whole(dim: int) -> None:
     whole = torch.arange(60.0).reshape(6, 10)
     shards = [Held(part) for part in whole.split([1, 3, 2] if dim == 0 else [4, 1, 5], dim)]
-    joined = JoinedShards(Stored((Path("a"), Path("b"), Path("c")), "x", dim), shards)
+    joined = JoinedShards(StoredTensor((Path("a"), Path("b"), Path("c")), "x", dim), shards)
     assert joined.shape == (6, 10)
     cuts = [slice(i, j) for i in range(6) for j in range(i + 1, 7)]
     for rows in cuts:
@@ -355,9 +355,9 @@ def test_shards_must_fit_each_other() -> None:
     with pytest.raises(
         StartupError, match=r"^b: x has type F32 and shape \[2, 4\], its other shard"
     ):
-        JoinedShards(Stored((Path("a"), Path("b")), "x", 0), shards)
+        JoinedShards(StoredTensor((Path("a"), Path("b")), "x", 0), shards)
     with pytest.raises(StartupError, match=r"^a: x has shape \[3\]: its shards cannot be joined"):
-        JoinedShards(Stored((Path("a"), Path("b")), "x", 1), [Held(torch.ones(3))] * 2)
+        JoinedShards(StoredTensor((Path("a"), Path("b")), "x", 1), [Held(torch.ones(3))] * 2)
 
 
 def test_no_shard_has_more_tensors_than_the_first(tmp_path: Path) -> None:

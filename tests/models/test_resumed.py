@@ -14,8 +14,8 @@ import pytest
 from torch import Tensor
 
 from asyncllm.codec import i32
-from asyncllm.constrain.factory import Constraints
-from asyncllm.constrain.llguidance_backend import Grammars
+from asyncllm.constrain.factory import ConstraintFactory
+from asyncllm.constrain.llguidance_backend import GrammarEngine
 from asyncllm.constrain.reasoning import ReasoningMarks, ReasoningTags
 from asyncllm.constrain.vocabulary import Vocabulary
 from asyncllm.core.request import SamplingParams
@@ -35,8 +35,8 @@ CALLS = 'A\n[{"begin": "{", "schema": {"type": "object", "properties": {"a": {"e
 
 
 @cache
-def grammars() -> Grammars:
-    return Grammars(PIECES, SIZE, (EOS,))
+def grammars() -> GrammarEngine:
+    return GrammarEngine(PIECES, SIZE, (EOS,))
 
 
 class EngineWorld(World):
@@ -47,7 +47,7 @@ class EngineWorld(World):
             num_slots=4000, num_lanes=32, batch_max_tokens=256, eos_ids={EOS}, vocab=SIZE, **how
         )
         self.device = device  # type: ignore[assignment]
-        self.scheduler._constrain = Constraints(
+        self.scheduler._constrain = ConstraintFactory(
             SIZE, (EOS,), grammars().constrain, ReasoningMarks(VOCAB, TAGS, (EOS,)), VOCAB
         ).of
         self.got: dict[int, list[tuple[int, float]]] = {}

@@ -13,8 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from asyncllm.errors import StartupError
-from asyncllm.models.angles import inverse_frequencies, rope_table
 from asyncllm.models.rope import Rope, notes, read_rope
+from asyncllm.models.rope_tables import inverse_frequencies, rope_table
 
 HEAD_DIM, TRAINED, LONGEST = 64, 64, 4096
 SHAPE = {

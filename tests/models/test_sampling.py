@@ -18,7 +18,7 @@ from asyncllm.engine.sampling import SamplingTensors, TorchSampler, put_given, r
 from asyncllm.engine.sampling_table import SamplingTable, uniform
 from asyncllm.engine.step_inputs import Penalties, unpack
 from asyncllm.messages import StepPlan
-from asyncllm.records import Opened
+from asyncllm.records import OpenedLane
 from tests.models.harness import Driver, Sequence, make_device
 
 PROBS = [0.4, 0.3, 0.15, 0.1, 0.05]
@@ -150,7 +150,7 @@ def one_row_plan(params: SamplingParams, prompt_len: int, start: int) -> StepPla
     return StepPlan(
         step=1, num_decode=1, lanes=i32([0]), starts=i32([start]), counts=i32([1]), cached_counts=i32([0]),
         slots=i32([7]), tokens=i32([-1]), samples=bytearray(b"\x01"),
-        opened=[Opened(0, prompt_len, params, i32([]))],
+        opened=[OpenedLane(0, prompt_len, params, i32([]))],
     )  # fmt: skip
 
 

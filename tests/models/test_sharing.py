@@ -11,7 +11,7 @@ import torch
 
 from asyncllm.codec import i32
 from asyncllm.engine.device import CudaDevice
-from asyncllm.engine.sharing import LEAST_ROWS, SharedColumns, Sharing, shared_columns
+from asyncllm.engine.sharing import LEAST_ROWS, SharedColumns, SharedReads, shared_columns
 from asyncllm.kernels.attention.shared_rows import MAX_GROUPS, MEMBERS, SharingCosts
 from asyncllm.messages import StepPlan
 from asyncllm.models.kv_format import FORMATS, PLAIN, KvMode
@@ -124,7 +124,7 @@ def test_random_trees(seed: int) -> None:
 
 
 def test_the_groups_of_an_unchanged_step_are_those_of_the_last_and_count_again() -> None:
-    sharing = Sharing(FREE)
+    sharing = SharedReads(FREE)
     lanes = [*range(LEAST_ROWS)]
     commons = [0, *[400] * (LEAST_ROWS - 1)]
     first, then = (sharing.of(plan(lanes, commons, lanes)) for _ in range(2))
@@ -136,7 +136,7 @@ def test_the_groups_of_an_unchanged_step_are_those_of_the_last_and_count_again()
     assert other.order.tolist() == lanes[::-1]
     assert sharing.of(plan(lanes, commons, lanes[:-1])) is None  # too few rows
     assert sharing.of(plan([], [], lanes)) is None
-    assert Sharing(None).of(plan(lanes, commons, lanes)) is None
+    assert SharedReads(None).of(plan(lanes, commons, lanes)) is None
 
 
 def test_costs_follow_the_shape() -> None:

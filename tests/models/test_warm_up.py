@@ -10,7 +10,7 @@ import pytest
 
 from asyncllm.core.step_times import StepTimes
 from asyncllm.engine.build import warm_up
-from asyncllm.engine.timing import measure, plans
+from asyncllm.engine.step_timing import measure, plans
 from tests.models.harness import make_device
 from tests.models.test_llama import make_checkpoint
 

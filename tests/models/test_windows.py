@@ -21,7 +21,7 @@ from asyncllm.engine.build import warm_up, within
 from asyncllm.engine.device import CpuDevice, CpuPending, CudaDevice, CudaPending
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.parallel import SingleRank
-from asyncllm.messages import Finished, Granted, StepPlan, Tokens
+from asyncllm.messages import Finished, SlotsGranted, StepPlan, Tokens
 from asyncllm.models.kv_format import PLAIN, KvMode
 from tests.actors.fake_device import World
 from tests.models.families import CASES, VOCAB, WINDOW, Reference, make
@@ -59,7 +59,7 @@ class Serving(World):
         self.logprobs: dict[int, list[float]] = defaultdict(list)
         self.layers, plan = spec.layers, self.core.plan
 
-        def planned(granted: Granted) -> Step | None:
+        def planned(granted: SlotsGranted) -> Step | None:
             step: Step | None = plan(granted)
             if step is not None:
                 self.free[step.plan.step] = self.free_slots()

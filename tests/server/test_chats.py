@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from asyncllm.actors.renderer import Renderer
+from asyncllm.actors.renderer import TemplateRenderer
 from asyncllm.config import Config
 from asyncllm.errors import RequestError, StartupError
 from asyncllm.models.spec import ModelSpec
@@ -36,7 +36,7 @@ def load(tiny_dir: Path, templates: Any, **options: Any) -> Loaded:
 def ask(loaded: Loaded) -> bytes:
     async def one() -> bytes:
         assert loaded.chats is not None
-        renderer = Renderer(loaded.chats)
+        renderer = TemplateRenderer(loaded.chats)
         renderer.start()
         try:
             messages = [{"role": "user", "content": "Hi"}]

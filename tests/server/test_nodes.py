@@ -13,10 +13,18 @@ from dataclasses import replace
 import pytest
 import zmq
 
-from asyncllm.actors.transport import Keys
+from asyncllm.actors.transport import CurveKeys
 from asyncllm.codec import encode, protocol
 from asyncllm.errors import StartupError
-from asyncllm.server.nodes import Join, Joined, JoinRefused, Lifeline, Meeting, Member, NodeAlive
+from asyncllm.server.nodes import (
+    JoinRefused,
+    NodeAlive,
+    NodeJoin,
+    NodeJoined,
+    NodeLink,
+    NodeMember,
+    NodeRendezvous,
+)
 from asyncllm.server.secret import derive
 from asyncllm.topology import Contract, Topology
 from tests.e2e.process import free_port, wait_until
@@ -29,9 +37,9 @@ OPTIONS = (("nnodes", "3"), ("tp", "6"))
 FACTS = (("tokenizer", "t1"), ("max_req_total_len", "2048"))
 
 
-def a_node(number: int, **changes: object) -> Join:
+def a_node(number: int, **changes: object) -> NodeJoin:
     contract = Contract(protocol="p", options="o", shared=OPTIONS)
-    join = Join(node=number, host=f"10.0.0.{number}", contract=contract, facts=FACTS)
+    join = NodeJoin(node=number, host=f"10.0.0.{number}", contract=contract, facts=FACTS)
     return replace(join, **changes)  # type: ignore[arg-type]
 
 
@@ -40,13 +48,15 @@ class World:
 
     def __init__(self, nnodes: int, timeout_s: float = TIMEOUT_S) -> None:
         self.port, self.nnodes = free_port(), nnodes
-        self.lines: dict[object, Lifeline] = {}
+        self.lines: dict[object, NodeLink] = {}
         self.said: dict[object, str] = {}
-        self.joined: dict[object, Joined] = {}
+        self.joined: dict[object, NodeJoined] = {}
         self.ended: dict[object, tuple[int, str]] = {}
         self.threads: list[threading.Thread] = []
         self.timeout_s = timeout_s
-        self.meeting = Meeting(a_node(0), ("127.0.0.1", self.port), KEYS, nnodes, DEAD_AFTER_S)
+        self.meeting = NodeRendezvous(
+            a_node(0), ("127.0.0.1", self.port), KEYS, nnodes, DEAD_AFTER_S
+        )
         self.lines[0] = self.meeting
         self.go(0, self._lead)
 
@@ -64,14 +74,14 @@ class World:
     def _lead(self) -> None:
         self.meeting.gather(self.timeout_s)
         topology = Topology.on_nodes(self.nnodes, self.nnodes)
-        self.meeting.place(Joined(topology, 7, "public", "secret"))
+        self.meeting.place(NodeJoined(topology, 7, "public", "secret"))
         self.watch(0, self.meeting)
 
-    def watch(self, name: object, line: Lifeline) -> None:
+    def watch(self, name: object, line: NodeLink) -> None:
         line.watch(lambda code, why: self.ended.setdefault(name, (code, why)))
 
-    def add(self, name: object, join: Join, *keys: Keys) -> None:
-        member = Member(join, "127.0.0.1", self.port, keys or (KEYS,), DEAD_AFTER_S)
+    def add(self, name: object, join: NodeJoin, *keys: CurveKeys) -> None:
+        member = NodeMember(join, "127.0.0.1", self.port, keys or (KEYS,), DEAD_AFTER_S)
         self.lines[name] = member
 
         def work() -> None:
@@ -145,7 +155,7 @@ def test_either_of_two_secrets_is_heard_and_no_other() -> None:
         (None, "node 2 did not join within 1.5 s (--node_timeout)"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_the_same_line_on_every_node(join: Join | None, line: str) -> None:
+def test_what_does_not_fit_is_the_same_line_on_every_node(join: NodeJoin | None, line: str) -> None:
     with world(3, timeout_s=TIMEOUT_S if join else 1.5) as w:
         w.add(1, a_node(1))
         if join is not None:

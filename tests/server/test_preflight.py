@@ -60,7 +60,7 @@ def test_a_check_tells_a_nodes_own_ports_and_waits_for_the_others(
     tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On node 1, where the address of node 0 is nobody's."""
-    monkeypatch.setattr(rank, "Watch", lambda *_, **__: Quiet())
+    monkeypatch.setattr(rank, "SignalWatcher", lambda *_, **__: Quiet())
     options = {"nnodes": 2, "tp": 4, "node_rank": 1, "port": free_port(), "device": "cpu"}
     config = Config(
         model_dir=str(tiny_dir), nccl_host="127.0.0.77", check=True, node_timeout=0.5, **options

@@ -16,7 +16,7 @@ import sys, threading, logging
 from asyncllm.server import signals
 logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
 signals.hold()
-watch = signals.Watch("rank 0", leads=True)
+watch = signals.SignalWatcher("rank 0", leads=True)
 watch.state = lambda: ["runner: 3 messages wait"]
 print([int(n) for n in signals.draining()], flush=True)
 threading.Event().wait(60)
@@ -31,7 +31,7 @@ import sys, threading
 from asyncllm.server import signals
 sys.stdin.readline()  # loads; a signal may come already
 signals.leave_to_leader()
-watch = signals.Watch("rank 1", leads=False)
+watch = signals.SignalWatcher("rank 1", leads=False)
 print("child", flush=True)
 threading.Event().wait(60)
 '''

@@ -40,7 +40,7 @@ def starting(
         rank.serve(Config(**{**chosen, "max_total_token_num": 4096, **options}))
 
     monkeypatch.setattr(loading, "build_model", read)
-    monkeypatch.setattr(rank, "Watch", lambda *_, **__: Quiet())
+    monkeypatch.setattr(rank, "SignalWatcher", lambda *_, **__: Quiet())
     monkeypatch.delenv("ASYNCLLM_API_KEY", raising=False)
     with caplog.at_level(logging.INFO):
         yield start

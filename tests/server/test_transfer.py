@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from asyncllm.actors.kv_taker import Door
+from asyncllm.actors.kv_receiver import KvListener
 from asyncllm.config import Config, resolve_limits
 from asyncllm.core.windows import Window
-from asyncllm.engine.kv_ways import AUTO, MODES, TCP, make_ways
+from asyncllm.engine.kv_transports import AUTO, MODES, TCP, make_ways
 from asyncllm.errors import StartupError
 from asyncllm.server.launch import Boot
 from asyncllm.server.transfer import open_door, refuse, transfer_keys
@@ -47,7 +47,7 @@ def boot(host: str = "127.0.0.1", endpoint: int = 0, **options: object) -> Boot:
 
 
 @contextmanager
-def opened(boot: Boot) -> Iterator[Door]:
+def opened(boot: Boot) -> Iterator[KvListener]:
     door = open_door(boot)
     assert door is not None
     try:

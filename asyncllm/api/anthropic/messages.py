@@ -9,11 +9,17 @@ from collections.abc import Sequence
 from typing import Annotated, Final, Literal
 
 from asyncllm.api.common.conversation import ConversationBuilder, Messages
-from asyncllm.api.common.model import AnyObject, Items, RequestModel, UnicodeStr, Variants
+from asyncllm.api.common.request_model import (
+    AnyObject,
+    Items,
+    RequestModel,
+    TaggedUnion,
+    UnicodeStr,
+)
 
 BILLING: Final = "x-anthropic-billing-header:"
-_KIND: Final = Variants(other="a block of type {} is not available here")
-_SAID: Final = Variants("a string or an array of blocks")
+_KIND: Final = TaggedUnion(other="a block of type {} is not available here")
+_SAID: Final = TaggedUnion("a string or an array of blocks")
 
 
 class TextBlock(RequestModel):
@@ -69,7 +75,7 @@ class AssistantMessage(RequestModel):
     content: Annotated[UnicodeStr | Items[_AssistantBlock], _SAID]
 
 
-InputMessage = Annotated[UserMessage | AssistantMessage | SystemMessage, Variants(key="role")]
+InputMessage = Annotated[UserMessage | AssistantMessage | SystemMessage, TaggedUnion(key="role")]
 
 
 def conversation(given: Sequence[UserMessage | AssistantMessage | SystemMessage]) -> Messages:

@@ -20,20 +20,20 @@ from asyncllm.api.anthropic.messages import (
 from asyncllm.api.common import tool_request
 from asyncllm.api.common.conversation import MAX_MESSAGES, with_system
 from asyncllm.api.common.errors import NotAvailable
-from asyncllm.api.common.model import (
+from asyncllm.api.common.prepare import ChatPrompt, prepare_chat, refuse_trailing_calls
+from asyncllm.api.common.request import GenerationRequest, ModelName, ServedModel, temperature
+from asyncllm.api.common.request_model import (
     Items,
     Positive,
     RequestModel,
     StopString,
+    TaggedUnion,
     TopK,
     TopP,
     Unavailable,
     UnicodeStr,
-    Variants,
     parse,
 )
-from asyncllm.api.common.prepare import ChatPrompt, prepare_chat, refuse_trailing_calls
-from asyncllm.api.common.request import GenerationRequest, ModelName, ServedModel, temperature
 from asyncllm.api.common.response_format import SchemaObject
 from asyncllm.api.common.tool_request import MAX_TOOLS, MAX_TOOLS_CHARS, ToolChoice, ToolRef
 from asyncllm.api.common.validation import (
@@ -121,15 +121,15 @@ class AllThinking(RequestModel):
 
 class ClearThinking(RequestModel):
     type: Literal["clear_thinking_20251015"]
-    keep: Annotated[Literal["all"] | ThinkingTurns | AllThinking, Variants("all, or an object")] = (
-        Field(default_factory=lambda: ThinkingTurns(value=1))
-    )
+    keep: Annotated[
+        Literal["all"] | ThinkingTurns | AllThinking, TaggedUnion("all, or an object")
+    ] = Field(default_factory=lambda: ThinkingTurns(value=1))
 
 
 class ContextManagement(RequestModel):
-    edits: Items[Annotated[ClearThinking, Variants(other="edits of type {} are not available")]] = (
-        Field(default_factory=list)
-    )
+    edits: Items[
+        Annotated[ClearThinking, TaggedUnion(other="edits of type {} are not available")]
+    ] = Field(default_factory=list)
 
 
 class CountRequest(RequestModel):
@@ -158,7 +158,7 @@ class CountRequest(RequestModel):
     )
     system: TextContent = Field("", description="the system prompt: a string or text blocks")
     tools: Annotated[
-        Items[Annotated[CustomTool, Variants(other="tools of type {} are not available")]],
+        Items[Annotated[CustomTool, TaggedUnion(other="tools of type {} are not available")]],
         Field(max_length=MAX_TOOLS),
         AfterValidator(_offered),
     ] = Field(
@@ -166,12 +166,12 @@ class CountRequest(RequestModel):
         description="{name, description, input_schema}: what the model may call, at most "
         f"{MAX_TOOLS} and {MAX_TOOLS_CHARS} characters of JSON",
     )
-    tool_choice: Annotated[ModeChoice | NamedChoice, Variants()] | None = Field(
+    tool_choice: Annotated[ModeChoice | NamedChoice, TaggedUnion()] | None = Field(
         None,
         description="{type: auto, any, tool or none, name, disable_parallel_tool_use}: a grammar "
         "forces any and tool; default: auto if there are tools",
     )
-    thinking: Annotated[ThinkingMode | ThinkingBudget, Variants()] | None = Field(
+    thinking: Annotated[ThinkingMode | ThinkingBudget, TaggedUnion()] | None = Field(
         None,
         description="{type: enabled, budget_tokens}, adaptive or disabled; display: omitted does not "
         "show it. Absent: as the chat template has it",

@@ -14,18 +14,18 @@ from typing import Any, Final, Protocol
 from asyncllm.api.common.request import GenerationRequest
 from asyncllm.api.parsing.output_parser import OutputParser
 from asyncllm.codec import INT32
-from asyncllm.core.request import Reason
+from asyncllm.core.request import FinishReason
 from asyncllm.errors import RequestError
-from asyncllm.messages import Delta
+from asyncllm.messages import TextDelta
 from asyncllm.records import Logprobs
 
 MOST_LOST: Final = 16  # characters between two tokens that a tokenizer may leave out
 LEAST_LOGPROB: Final = -9999.0  # in place of -inf, which JSON does not have
 REASONS: Final = {
-    Reason.STOP: "stop",
-    Reason.LENGTH: "length",
-    Reason.ABORT: "abort",
-    Reason.ERROR: "error",
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.ABORT: "abort",
+    FinishReason.ERROR: "error",
 }
 
 
@@ -111,7 +111,7 @@ class Choice:
     cached_len: int = 0
     drafted: int = 0  # tokens that were guessed and tried
     accepted: int = 0  # those that were right
-    reason: Reason | None = None
+    reason: FinishReason | None = None
     stop: str = ""  # the stop string that ended it
     pieces: list[str] = field(default_factory=list)  # text of each token, if wants[0] >= 0
     offset: int = 0  # characters before the next token, for text_offset
@@ -126,7 +126,7 @@ class Choice:
         """The whole text so far."""
         return "".join(self.texts)
 
-    def take(self, delta: Delta) -> None:
+    def take(self, delta: TextDelta) -> None:
         """Add new tokens and text."""
         if delta.text:
             self.texts.append(delta.text)
@@ -143,7 +143,7 @@ class Choice:
             self.scores.logprobs.extend(delta.prompt)
 
     def end(
-        self, reason: Reason, cached_len: int, stop: str, guessed: tuple[int, int] = (0, 0)
+        self, reason: FinishReason, cached_len: int, stop: str, guessed: tuple[int, int] = (0, 0)
     ) -> None:
         """The choice has ended; of its tokens as many were guessed, and right."""
         self.reason, self.cached_len, self.stop = reason, cached_len, stop
@@ -220,7 +220,7 @@ class Reply(Protocol):
     def opening(self) -> bytes:
         """The events right after the headers."""
 
-    def piece(self, choice: Choice, piece: Delta) -> bytes:
+    def piece(self, choice: Choice, piece: TextDelta) -> bytes:
         """Events for new tokens, which ``choice`` has taken already."""
 
     def flush_held(self) -> bytes:

@@ -35,7 +35,7 @@ _RENDER_ERRORS = (
 )
 
 
-class _Arguments(dict[str, object]):
+class _TemplateArguments(dict[str, object]):
     """Arguments of a call: an object to most templates; to those that join it to text, its JSON."""
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class _Arguments(dict[str, object]):
         return other + str(self)
 
 
-class _Unread(str):
+class _RawArguments(str):
     """Arguments that are no JSON object: text that is written as it is."""
 
 
@@ -103,7 +103,7 @@ class ChatTemplate:
         variables = {"add_generation_prompt": not continued, **self._special_tokens, **kwargs}
         try:
             try:
-                told = [_with_arguments(turn, _Unread) for turn in messages]
+                told = [_with_arguments(turn, _RawArguments) for turn in messages]
                 text = template.render({**variables, "messages": told, "tools": tools})
             except _RENDER_ERRORS:
                 if not any(map(_has_text_arguments, messages)):
@@ -130,8 +130,8 @@ def _has_text_arguments(turn: dict[str, Any]) -> bool:
     return any(isinstance(call["function"]["arguments"], str) for call in calls)
 
 
-def _wrapped(arguments: str) -> _Arguments:
-    return _Arguments(arguments=arguments)
+def _wrapped(arguments: str) -> _TemplateArguments:
+    return _TemplateArguments(arguments=arguments)
 
 
 def _with_arguments(turn: dict[str, Any], unread: Callable[[str], Any]) -> dict[str, object]:
@@ -142,7 +142,7 @@ def _with_arguments(turn: dict[str, Any], unread: Callable[[str], Any]) -> dict[
     made = []
     for function in functions:
         given = function["arguments"]
-        read = unread(given) if isinstance(given, str) else _Arguments(given)
+        read = unread(given) if isinstance(given, str) else _TemplateArguments(given)
         made.append({**function, "arguments": read})
     calls_told = [
         {**call, "function": function} for call, function in zip(calls, made, strict=True)
@@ -250,7 +250,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Plain JSON: Jinja's own filter escapes for HTML."""
-    if isinstance(value, _Unread):
+    if isinstance(value, _RawArguments):
         return str(value)
     return json.dumps(
         value,

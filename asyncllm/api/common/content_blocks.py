@@ -11,7 +11,7 @@ from typing import Literal
 
 from asyncllm.api.common.answer import Answer, Choice
 from asyncllm.api.parsing.events import Arguments, CallEnd, CallStart, Content, Event, Reasoning
-from asyncllm.messages import Delta
+from asyncllm.messages import TextDelta
 
 
 @dataclass(slots=True, eq=False)
@@ -40,7 +40,7 @@ class ContentBlock:
 BlockEvent = tuple[Literal["begin", "more", "end"], ContentBlock, str]
 
 
-class ContentBlocks:
+class BlockBuilder:
     """Makes content blocks of events as they arrive."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class ContentBlockReply:
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
-        self.blocks = ContentBlocks()
+        self.blocks = BlockBuilder()
 
     def block_start(self, block: ContentBlock) -> bytes:
         """Events for the start of a block."""
@@ -105,7 +105,7 @@ class ContentBlockReply:
         """Events for the end of a block."""
         raise NotImplementedError
 
-    def piece(self, choice: Choice, piece: Delta) -> bytes:
+    def piece(self, choice: Choice, piece: TextDelta) -> bytes:
         """Events for what has been found in new text."""
         if choice.output is not None:
             return self._tell(self.blocks.add(choice.output.take_events()))
@@ -126,7 +126,7 @@ class ContentBlockReply:
             found = choice.output.take_events()
         else:
             found = [Content(choice.text)] if choice.text else []
-        self.blocks = ContentBlocks()
+        self.blocks = BlockBuilder()
         for _ in self.blocks.add(found):
             pass
         for _ in self.blocks.end():

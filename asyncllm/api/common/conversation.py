@@ -12,12 +12,12 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import PlainValidator
 
-from asyncllm.api.common.model import (
+from asyncllm.api.common.request_model import (
     AnyObject,
     Items,
     RequestModel,
+    TaggedUnion,
     UnicodeStr,
-    Variants,
     refuse,
     surrogate,
 )
@@ -99,9 +99,11 @@ class RefusalPart(RequestModel):
 
 
 ContentPart = Annotated[
-    UnicodeStr | TextPart | RefusalPart, Variants(other="content of type {} is not available")
+    UnicodeStr | TextPart | RefusalPart, TaggedUnion(other="content of type {} is not available")
 ]
-PartsContent = Annotated[UnicodeStr | Items[ContentPart], Variants("a string or an array of parts")]
+PartsContent = Annotated[
+    UnicodeStr | Items[ContentPart], TaggedUnion("a string or an array of parts")
+]
 
 
 def text_of(content: str | Sequence[str | TextPart | RefusalPart]) -> str:

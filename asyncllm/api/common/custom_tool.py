@@ -13,7 +13,7 @@ from typing import Annotated, Final, Literal, Self
 from annotated_types import MinLen
 from pydantic import model_validator
 
-from asyncllm.api.common.model import RequestModel, refuse
+from asyncllm.api.common.request_model import RequestModel, refuse
 from asyncllm.api.common.response_format import GrammarText
 from asyncllm.api.parsing.events import Tool
 

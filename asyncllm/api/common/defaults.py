@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from asyncllm.api.common.model import (
+from asyncllm.api.common.request_model import (
     Float,
     Positive,
     Range,

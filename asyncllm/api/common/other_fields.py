@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from asyncllm.api.common.model import Unavailable
+from asyncllm.api.common.request_model import Unavailable
 
 _PRIORITY: Final = Unavailable("priorities of requests", 0)
 _REQUEST_ID: Final = Unavailable("naming a request (the header X-Request-Id does)", "")

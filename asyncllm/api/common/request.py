@@ -13,7 +13,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, ValidationInfo
 
 from asyncllm.api.common.defaults import Defaults
-from asyncllm.api.common.model import UnicodeStr
+from asyncllm.api.common.request_model import UnicodeStr
 from asyncllm.api.common.validation import GREEDY_BELOW, preview, reject, token_ids
 from asyncllm.api.parsing.output_parser import Dialect, OutputOptions
 from asyncllm.core.request import SamplingParams

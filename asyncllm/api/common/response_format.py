@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Final, Literal, Self
 
 from pydantic import AfterValidator, Field, PlainValidator, model_validator
 
-from asyncllm.api.common.model import (
+from asyncllm.api.common.request_model import (
     AnyObject,
     Items,
     RequestModel,

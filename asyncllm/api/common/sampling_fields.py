@@ -12,7 +12,8 @@ from annotated_types import MaxLen
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, WithJsonSchema
 from typing_extensions import TypeAliasType
 
-from asyncllm.api.common.model import (
+from asyncllm.api.common.request import ServedModel
+from asyncllm.api.common.request_model import (
     Float,
     Integer,
     Items,
@@ -21,12 +22,11 @@ from asyncllm.api.common.model import (
     RepetitionPenalty,
     RequestModel,
     StopString,
+    TaggedUnion,
     TopK,
     TopP,
-    Variants,
     refuse,
 )
-from asyncllm.api.common.request import ServedModel
 from asyncllm.api.common.validation import (
     MAX_ALLOWED,
     MAX_BIAS,
@@ -61,7 +61,7 @@ TokenKey = Annotated[
     WithJsonSchema({"type": "string", "pattern": _KEY.pattern}),
 ]
 Stop = Annotated[
-    StopString | Annotated[Items[StopString], MaxLen(MAX_STOP)], Variants("a string or an array")
+    StopString | Annotated[Items[StopString], MaxLen(MAX_STOP)], TaggedUnion("a string or an array")
 ]
 LengthPenalty = Annotated[
     tuple[NonNegative, Annotated[Float, Range(1, MAX_DECAY)]],

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, Literal, NoReturn
 from pydantic import AfterValidator, Field, WithJsonSchema
 
 from asyncllm.api.common.conversation import Messages
-from asyncllm.api.common.model import AnyObject, RequestModel, UnicodeStr, refuse
+from asyncllm.api.common.request_model import AnyObject, RequestModel, UnicodeStr, refuse
 from asyncllm.api.common.validation import preview, reject
 from asyncllm.api.parsing.events import Tool
 from asyncllm.api.parsing.output_parser import Dialect

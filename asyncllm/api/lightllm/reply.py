@@ -11,7 +11,7 @@ from typing import Any, Final
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import REASONS, Answer, Choice, finite
 from asyncllm.errors import RequestError
-from asyncllm.messages import Delta
+from asyncllm.messages import TextDelta
 
 HEAD: Final = b"data:"  # no space, as LightLLM has it
 TOKEN: Final = ("id", "text", "logprob", "special", "count_output_tokens")
@@ -32,7 +32,7 @@ class NativeReply:
         """Nothing."""
         return b""
 
-    def piece(self, choice: Choice, piece: Delta) -> bytes:
+    def piece(self, choice: Choice, piece: TextDelta) -> bytes:
         """An event per token, the newest held back. The texts of the events are the whole text."""
         count = len(piece.ids)
         if not count:

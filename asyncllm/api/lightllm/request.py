@@ -14,7 +14,14 @@ from pydantic import Field, ValidationInfo
 
 from asyncllm.api.common import response_format
 from asyncllm.api.common.errors import NotAvailable
-from asyncllm.api.common.model import (
+from asyncllm.api.common.request import (
+    GenerationRequest,
+    Prompt,
+    ServedModel,
+    served_by,
+    temperature,
+)
+from asyncllm.api.common.request_model import (
     Checked,
     Float,
     Integer,
@@ -26,17 +33,10 @@ from asyncllm.api.common.model import (
     RequestModel,
     Seed,
     StopString,
+    TaggedUnion,
     Unavailable,
     UnicodeStr,
-    Variants,
     parse,
-)
-from asyncllm.api.common.request import (
-    GenerationRequest,
-    Prompt,
-    ServedModel,
-    served_by,
-    temperature,
 )
 from asyncllm.api.common.response_format import MAX_CHARS, Grammar, GrammarText, SchemaOrText
 from asyncllm.api.common.sampling_fields import SamplingFields, Token
@@ -55,10 +55,10 @@ MAX_SEQUENCE: Final = 256  # token ids in one stop sequence
 
 _StopItem = Annotated[
     StopString | Annotated[Items[Token], Len(1, MAX_SEQUENCE)],
-    Variants("a string or an array of token ids"),
+    TaggedUnion("a string or an array of token ids"),
 ]
 StopSequences = Annotated[
-    StopString | Annotated[Items[_StopItem], MaxLen(MAX_STOP)], Variants("a string or an array")
+    StopString | Annotated[Items[_StopItem], MaxLen(MAX_STOP)], TaggedUnion("a string or an array")
 ]
 
 
@@ -201,7 +201,7 @@ class _StreamFlag(RequestModel):
     stream: bool = False
 
 
-class _Stops(TypedDict):
+class _StopFields(TypedDict):
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
     stop_sequences: tuple[tuple[int, ...], ...]
@@ -314,7 +314,7 @@ def tokens(body: Body) -> tuple[str, bool]:
     return request.text, request.parameters.add_special_tokens
 
 
-def _stops(given: str | list[str | list[int]] | None, served: ServedModel) -> _Stops:
+def _stops(given: str | list[str | list[int]] | None, served: ServedModel) -> _StopFields:
     """``stop_sequences`` as fields of SamplingParams: strings, single ids and sequences of ids."""
     items = [given] if isinstance(given, str) else given or ()
     sequences = [tuple(item) for item in items if isinstance(item, list)]

@@ -23,7 +23,7 @@ from asyncllm.api.parsing.events import (
     Reasoning,
 )
 from asyncllm.api.parsing.output_parser import OutputParser
-from asyncllm.messages import Delta
+from asyncllm.messages import TextDelta
 
 ChatDelta = dict[str, Any]
 
@@ -42,7 +42,7 @@ class ChatReply(OpenAIReply):
             chunks[0]["prompt_token_ids"] = list(self.answer.prompts[0])
         return b"".join(map(sse.event, chunks))
 
-    def piece(self, choice: Choice, piece: Delta) -> bytes:
+    def piece(self, choice: Choice, piece: TextDelta) -> bytes:
         """One content chunk, if there is something to say."""
         if self._wants_logprobs or self._wants_ids:
             if not piece.ids and not piece.text:
@@ -110,7 +110,7 @@ class ParsedChatReply(ChatReply):
         # by choice, kind of event, and call
         self._ready: dict[tuple[int, type[Event], int], sse.ChunkTemplate] = {}
 
-    def piece(self, choice: Choice, piece: Delta) -> bytes:
+    def piece(self, choice: Choice, piece: TextDelta) -> bytes:
         """A chunk for each thing found; the first has the log-probabilities of all new tokens."""
         return self._events(choice, self._of_tokens(choice, piece) if piece.ids else {})
 

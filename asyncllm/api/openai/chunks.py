@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import REASONS, Answer, Choice
 from asyncllm.errors import RequestError
-from asyncllm.messages import Delta
+from asyncllm.messages import TextDelta
 
 
 class OpenAIReply:
@@ -40,7 +40,7 @@ class OpenAIReply:
         """Of the tokens generated from ``first`` on."""
         raise NotImplementedError
 
-    def _of_tokens(self, choice: Choice, piece: Delta) -> dict[str, object]:
+    def _of_tokens(self, choice: Choice, piece: TextDelta) -> dict[str, object]:
         """What a chunk says about the tokens of a piece, if that is wanted."""
         more: dict[str, object] = {}
         if self._wants_logprobs:

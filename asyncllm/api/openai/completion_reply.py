@@ -10,7 +10,7 @@ from typing import Any
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import Answer, Choice
 from asyncllm.api.openai.chunks import OpenAIReply, finish_reason
-from asyncllm.messages import Delta
+from asyncllm.messages import TextDelta
 
 
 class CompletionReply(OpenAIReply):
@@ -30,7 +30,7 @@ class CompletionReply(OpenAIReply):
         unsaid = [c for c in self.answer.choices if c.index not in self._echoed]
         return b"".join(self._echo(choice) for choice in unsaid)
 
-    def piece(self, choice: Choice, piece: Delta) -> bytes:
+    def piece(self, choice: Choice, piece: TextDelta) -> bytes:
         """One chunk; with echo and logprobs the prompt's chunk once its scores are complete."""
         generation = self.answer.generation
         out = b""
@@ -47,7 +47,7 @@ class CompletionReply(OpenAIReply):
             out += self._event(choice, piece.text)
         return out
 
-    def _of_tokens(self, choice: Choice, piece: Delta) -> dict[str, object]:
+    def _of_tokens(self, choice: Choice, piece: TextDelta) -> dict[str, object]:
         more = super()._of_tokens(choice, piece)
         if self._wants_ids:
             first = choice.index not in self._told

@@ -31,8 +31,15 @@ from asyncllm.api.common.conversation import (
     text_of,
 )
 from asyncllm.api.common.custom_tool import INPUT
-from asyncllm.api.common.model import STRICT, Items, RequestModel, UnicodeStr, Variants, refuse
 from asyncllm.api.common.request import served_by
+from asyncllm.api.common.request_model import (
+    STRICT,
+    Items,
+    RequestModel,
+    TaggedUnion,
+    UnicodeStr,
+    refuse,
+)
 from asyncllm.api.common.validation import preview
 
 # of roles, where the template does not know them by these
@@ -132,10 +139,10 @@ class ThinkingPart(RequestModel):
 
 AssistantPart = Annotated[
     UnicodeStr | TextPart | RefusalPart | ThinkingPart,
-    Variants(other="content of type {} is not available"),
+    TaggedUnion(other="content of type {} is not available"),
 ]
 AssistantContent = Annotated[
-    UnicodeStr | Items[AssistantPart], Variants("a string or an array of parts")
+    UnicodeStr | Items[AssistantPart], TaggedUnion("a string or an array of parts")
 ]
 
 
@@ -178,7 +185,7 @@ def _arguments(messages: list[object]) -> Iterator[str]:
 
 ChatMessage = SpeakerMessage | ToolMessage | AssistantChatMessage | OtherMessage
 ChatMessages = Annotated[
-    Items[Annotated[ChatMessage, Variants(key="role", fold=str.lower)]],
+    Items[Annotated[ChatMessage, TaggedUnion(key="role", fold=str.lower)]],
     Field(min_length=1, max_length=MAX_MESSAGES),
     BeforeValidator(_bounded),
 ]

@@ -16,23 +16,6 @@ from pydantic.json_schema import JsonSchemaValue
 from asyncllm.api.common import prepare, response_format, tool_request
 from asyncllm.api.common.conversation import Messages, TextPart, text_of
 from asyncllm.api.common.errors import NotAvailable
-from asyncllm.api.common.model import (
-    AnyObject,
-    Checked,
-    Float,
-    Items,
-    NonNegative,
-    NumBest,
-    NumChoices,
-    Range,
-    RepetitionPenalty,
-    RequestModel,
-    Seed,
-    TopK,
-    UnicodeStr,
-    Variants,
-    parse,
-)
 from asyncllm.api.common.other_fields import (
     CHAT_IGNORED,
     CHAT_REFUSED,
@@ -48,6 +31,23 @@ from asyncllm.api.common.request import (
     ServedModel,
     served_by,
     temperature,
+)
+from asyncllm.api.common.request_model import (
+    AnyObject,
+    Checked,
+    Float,
+    Items,
+    NonNegative,
+    NumBest,
+    NumChoices,
+    Range,
+    RepetitionPenalty,
+    RequestModel,
+    Seed,
+    TaggedUnion,
+    TopK,
+    UnicodeStr,
+    parse,
 )
 from asyncllm.api.common.response_format import (
     MAX_CHARS,
@@ -99,7 +99,7 @@ MAY_BE_EMPTY: Final = (
 STRUCTURED: Final = ("json", "regex", "choice", "grammar")
 R = TypeVar("R", bound="CommonRequest")
 PredictedContent = Annotated[
-    UnicodeStr | Items[TextPart], Variants("a string or an array of parts")
+    UnicodeStr | Items[TextPart], TaggedUnion("a string or an array of parts")
 ]
 
 
@@ -436,7 +436,7 @@ def _parse(model: type[R], body: Body, served: ServedModel) -> R:
     return request
 
 
-class _More(TypedDict, total=False):
+class _RouteFields(TypedDict, total=False):
     """What only one of the routes asks for."""
 
     echo: bool
@@ -457,7 +457,7 @@ def _generation(
     prompt_logprobs: int = -1,
     grammar: Grammar | None,
     max_thinking_tokens: int | None = None,
-    **more: Unpack[_More],
+    **more: Unpack[_RouteFields],
 ) -> GenerationRequest:
     most, least, stop = request.max_tokens, request.min_tokens, request.stop
     if request.max_completion_tokens is not None:

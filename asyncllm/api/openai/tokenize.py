@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from asyncllm.api.common.model import Integer, Items, Range, RequestModel, UnicodeStr, parse
 from asyncllm.api.common.request import ModelName, ServedModel
+from asyncllm.api.common.request_model import Integer, Items, Range, RequestModel, UnicodeStr, parse
 from asyncllm.api.common.validation import Body, reject
 from asyncllm.api.openai import request as openai
 

@@ -11,7 +11,7 @@ from annotated_types import MinLen
 from pydantic import AfterValidator, Field
 
 from asyncllm.api.common.custom_tool import InputGrammar, TextInput, as_function
-from asyncllm.api.common.model import Items, RequestModel, UnicodeStr, Variants
+from asyncllm.api.common.request_model import Items, RequestModel, TaggedUnion, UnicodeStr
 from asyncllm.api.common.tool_request import (
     MAX_TOOLS,
     ChoiceMode,
@@ -43,7 +43,7 @@ class CustomFunction(RequestModel):
 
     name: ToolName
     description: UnicodeStr = ""
-    format: Annotated[TextInput | InnerGrammarInput, Variants()] | None = None
+    format: Annotated[TextInput | InnerGrammarInput, TaggedUnion()] | None = None
 
     @property
     def tool(self) -> Tool:
@@ -92,7 +92,7 @@ class NamedCustom(RequestModel):
 
 class AllowedTools(RequestModel):
     mode: Literal["auto", "required"]
-    tools: Annotated[Items[Annotated[NamedFunction | NamedCustom, Variants()]], MinLen(1)]
+    tools: Annotated[Items[Annotated[NamedFunction | NamedCustom, TaggedUnion()]], MinLen(1)]
 
 
 class AllowedChoice(RequestModel):
@@ -110,7 +110,7 @@ def _functions(functions: list[OldFunction]) -> list[OldFunction]:
     return functions
 
 
-_KNOWN = Variants(other="tools of type {} are not available")
+_KNOWN = TaggedUnion(other="tools of type {} are not available")
 ChatTools = Annotated[
     Items[Annotated[ChatTool | ChatCustomTool, _KNOWN]],
     Field(max_length=MAX_TOOLS),
@@ -121,10 +121,10 @@ Functions = Annotated[
 ]
 ChatChoice = Annotated[
     ChoiceMode | NamedFunction | NamedCustom | AllowedChoice,
-    Variants("one of none, auto, required, or an object", other="{} is not available"),
+    TaggedUnion("one of none, auto, required, or an object", other="{} is not available"),
 ]
 FunctionCall = Annotated[
-    Literal["none", "auto"] | FunctionName, Variants("one of none, auto, or an object")
+    Literal["none", "auto"] | FunctionName, TaggedUnion("one of none, auto, or an object")
 ]
 
 

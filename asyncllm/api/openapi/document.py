@@ -17,8 +17,8 @@ from pydantic_core.core_schema import StringSchema
 from asyncllm import __version__
 from asyncllm.api.anthropic import request as anthropic
 from asyncllm.api.common import prepare
-from asyncllm.api.common.model import RequestModel
 from asyncllm.api.common.request import ServedModel
+from asyncllm.api.common.request_model import RequestModel
 from asyncllm.api.lightllm import request as lightllm
 from asyncllm.api.openai import messages, tokenize
 from asyncllm.api.openai import request as openai

@@ -10,7 +10,7 @@ import re
 from typing import Final
 
 from asyncllm.api.anthropic import request as anthropic
-from asyncllm.api.common.model import RequestModel, Unavailable, limits_text
+from asyncllm.api.common.request_model import RequestModel, Unavailable, limits_text
 from asyncllm.api.lightllm import request as lightllm
 from asyncllm.api.openai import request as openai
 from asyncllm.api.openapi.document import of_models

@@ -21,7 +21,7 @@ from asyncllm.api.common.conversation import (
     text_of,
 )
 from asyncllm.api.common.custom_tool import INPUT
-from asyncllm.api.common.model import Items, RequestModel, UnicodeStr, Variants
+from asyncllm.api.common.request_model import Items, RequestModel, TaggedUnion, UnicodeStr
 from asyncllm.api.common.validation import reject
 
 
@@ -74,10 +74,10 @@ class ReasoningItem(RequestModel):
     summary: Items[ReasoningText] = Field(default_factory=list)
 
 
-_MessageItem = Annotated[SpeakerItem | AssistantItem, Variants(key="role")]
+_MessageItem = Annotated[SpeakerItem | AssistantItem, TaggedUnion(key="role")]
 Item = Annotated[
     _MessageItem | CallItem | CustomCallItem | ResultItem | ReasoningItem | CompactionItem,
-    Variants(other="items of type {} are not available"),
+    TaggedUnion(other="items of type {} are not available"),
 ]
 
 
@@ -93,7 +93,7 @@ def _bounded(value: object) -> object:
 
 Input = Annotated[
     UnicodeStr | Annotated[Items[Item], Len(1, MAX_MESSAGES)],
-    Variants("a string or an array of items"),
+    TaggedUnion("a string or an array of items"),
     BeforeValidator(_bounded),
 ]
 

@@ -16,11 +16,11 @@ from asyncllm.api.common.custom_tool import input_of
 from asyncllm.api.common.logprobs import scored
 from asyncllm.api.parsing.events import CallStart, Content, Reasoning
 from asyncllm.api.responses.request import ResponsesRequest
-from asyncllm.api.responses.store import Store, StoredResponse
-from asyncllm.api.responses.tools import Offered
-from asyncllm.core.request import Reason
+from asyncllm.api.responses.store import ResponseStore, StoredResponse
+from asyncllm.api.responses.tools import ClientTool
+from asyncllm.core.request import FinishReason
 from asyncllm.errors import RequestError
-from asyncllm.messages import Delta
+from asyncllm.messages import TextDelta
 
 PREFIXES: Final = {Content: "msg_", Reasoning: "rs_", CallStart: "fc_"}  # of items' ids
 EVENTS: Final = {  # that carry the text of a block
@@ -35,7 +35,7 @@ CUSTOM_INPUT: Final = "response.custom_tool_call_input"
 class ResponseReply(ContentBlockReply):
     """/v1/responses: an item for each block; a finished response goes into ``store``."""
 
-    def __init__(self, answer: Answer, asked: ResponsesRequest, store: Store) -> None:
+    def __init__(self, answer: Answer, asked: ResponsesRequest, store: ResponseStore) -> None:
         super().__init__(answer)
         self._asked, self._store = asked, store
         self._number = 0  # of the next event
@@ -50,7 +50,7 @@ class ResponseReply(ContentBlockReply):
             "response.in_progress", response=response
         )
 
-    def piece(self, choice: Choice, piece: Delta) -> bytes:
+    def piece(self, choice: Choice, piece: TextDelta) -> bytes:
         """What has been found in new text."""
         if self._scored and piece.ids:
             vocab, first = self.answer.vocab, choice.num_tokens - len(piece.ids)
@@ -139,7 +139,7 @@ class ResponseReply(ContentBlockReply):
         self, choice: Choice, items: list[dict[str, object]], blocks: list[ContentBlock]
     ) -> dict[str, object]:
         """The finished response, which is stored if it may be."""
-        status = "incomplete" if choice.reason is Reason.LENGTH else "completed"
+        status = "incomplete" if choice.reason is FinishReason.LENGTH else "completed"
         response = self._response(status, items)
         usage = self.answer.usage()
         thoughts = usage.get("completion_tokens_details", {}).get("reasoning_tokens", 0)
@@ -176,10 +176,10 @@ class ResponseReply(ContentBlockReply):
             "usage": None,
         } | self._asked.echo
 
-    def _offered(self, block: ContentBlock) -> Offered:
+    def _offered(self, block: ContentBlock) -> ClientTool:
         """The called tool as the client knows it."""
         name = "" if block.call is None else block.call.name
-        return self._asked.tools.by_name.get(name, Offered(name))
+        return self._asked.tools.by_name.get(name, ClientTool(name))
 
     def _events(self, block: ContentBlock) -> str:
         """What events that bring the text are called."""
@@ -242,7 +242,7 @@ def _status(block: ContentBlock, choice: Choice) -> str:
     """A call is judged by itself; what the end of the answer ends may be cut."""
     if block.call is not None:
         return "completed" if block.complete else "incomplete"
-    return "incomplete" if choice.reason is Reason.LENGTH else "completed"
+    return "incomplete" if choice.reason is FinishReason.LENGTH else "completed"
 
 
 def answered(

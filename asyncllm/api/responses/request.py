@@ -13,7 +13,10 @@ from pydantic import AfterValidator, Field
 from asyncllm.api.common import conversation, response_format, tool_request
 from asyncllm.api.common.conversation import Messages, with_system
 from asyncllm.api.common.errors import NotAvailable
-from asyncllm.api.common.model import (
+from asyncllm.api.common.other_fields import FOR_OPENAI, IGNORED
+from asyncllm.api.common.prepare import prepare_chat, refuse_trailing_calls
+from asyncllm.api.common.request import GenerationRequest, ModelName, ServedModel, temperature
+from asyncllm.api.common.request_model import (
     AnyObject,
     Float,
     Items,
@@ -21,20 +24,17 @@ from asyncllm.api.common.model import (
     Positive,
     Range,
     RequestModel,
+    TaggedUnion,
     TopP,
     Unavailable,
     UnicodeStr,
-    Variants,
     parse,
 )
-from asyncllm.api.common.other_fields import FOR_OPENAI, IGNORED
-from asyncllm.api.common.prepare import prepare_chat, refuse_trailing_calls
-from asyncllm.api.common.request import GenerationRequest, ModelName, ServedModel, temperature
 from asyncllm.api.common.response_format import FreeFormat, Grammar, ObjectFormat, checked_schema
 from asyncllm.api.common.tool_request import MAX_TOOLS, MAX_TOOLS_CHARS
 from asyncllm.api.common.validation import Body, reject
 from asyncllm.api.responses.items import Input, input_messages
-from asyncllm.api.responses.store import Store
+from asyncllm.api.responses.store import ResponseStore
 from asyncllm.api.responses.tools import (
     HOSTED,
     FlatChoice,
@@ -65,7 +65,7 @@ class TextOptions(RequestModel):
     """How the text is to be."""
 
     verbosity: Literal["low", "medium", "high"] | None = None
-    format: Annotated[FreeFormat | ObjectFormat | FlatSchemaFormat, Variants()] = Field(
+    format: Annotated[FreeFormat | ObjectFormat | FlatSchemaFormat, TaggedUnion()] = Field(
         default_factory=lambda: FreeFormat(type="text")
     )
 
@@ -168,7 +168,7 @@ class ResponsesRequest:
     tools: ResponsesTools
 
 
-def read(body: Body, served: ServedModel, store: Store) -> ResponsesRequest:
+def read(body: Body, served: ServedModel, store: ResponseStore) -> ResponsesRequest:
     """A /v1/responses body.
 
     Raises:

@@ -20,7 +20,7 @@ class StoredResponse:
     body: bytes
 
 
-class Store:
+class ResponseStore:
     """Responses by id, the least recently used ones forgotten first.
 
     Args:

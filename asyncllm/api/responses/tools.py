@@ -16,7 +16,7 @@ from pydantic import WithJsonSchema
 from asyncllm.api.common import tool_request
 from asyncllm.api.common.custom_tool import InputGrammar, TextInput, as_function
 from asyncllm.api.common.errors import NotAvailable
-from asyncllm.api.common.model import Items, RequestModel, UnicodeStr, Variants
+from asyncllm.api.common.request_model import Items, RequestModel, TaggedUnion, UnicodeStr
 from asyncllm.api.common.tool_request import ChoiceMode, FunctionTool, ToolChoice, ToolName, ToolRef
 from asyncllm.api.common.validation import preview, reject
 from asyncllm.api.parsing.events import Tool
@@ -32,7 +32,7 @@ def _undated(kind: str) -> str:
     return next((k for k in HOSTED if kind.startswith((f"{k}_20", f"{k}-20"))), kind)
 
 
-_KNOWN = Variants(other="tools of type {} are not available", fold=_undated)
+_KNOWN = TaggedUnion(other="tools of type {} are not available", fold=_undated)
 
 
 class FlatTool(FunctionTool):
@@ -47,7 +47,7 @@ class FreeTextTool(RequestModel):
     type: Literal["custom"]
     name: ToolName
     description: UnicodeStr = ""
-    format: Annotated[TextInput | GrammarInput, Variants()] | None = None
+    format: Annotated[TextInput | GrammarInput, TaggedUnion()] | None = None
 
     @property
     def tool(self) -> Tool:
@@ -84,17 +84,19 @@ class FlatNamed(RequestModel):
 class FlatAllowed(RequestModel):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[Items[Annotated[FlatNamed | HostedTool, Variants(fold=_undated)]], MinLen(1)]
+    tools: Annotated[
+        Items[Annotated[FlatNamed | HostedTool, TaggedUnion(fold=_undated)]], MinLen(1)
+    ]
 
 
 FlatChoice = Annotated[
     ChoiceMode | FlatNamed | FlatAllowed,
-    Variants("one of none, auto, required, or an object", other="{} is not available"),
+    TaggedUnion("one of none, auto, required, or an object", other="{} is not available"),
 ]
 
 
 @dataclass(frozen=True, slots=True)
-class Offered:
+class ClientTool:
     """A tool as the client knows it.
 
     Attributes:
@@ -119,7 +121,7 @@ class ResponsesTools:
     """
 
     offered: tuple[Tool, ...] = ()
-    by_name: Mapping[str, Offered] = field(default_factory=dict)
+    by_name: Mapping[str, ClientTool] = field(default_factory=dict)
     hosted: tuple[str, ...] = ()
 
     def ref(self, given: FlatNamed) -> ToolRef:
@@ -145,7 +147,7 @@ def responses_tools(
     given: Sequence[FlatTool | FreeTextTool | NamespaceTool | HostedTool],
 ) -> ResponsesTools:
     """Raises RequestError (400) where two have one name, or they are too long together."""
-    by_name: dict[str, Offered] = {}
+    by_name: dict[str, ClientTool] = {}
     made: list[Tool] = []
     hosted: list[str] = []
     plain = {each.name for each in given if isinstance(each, FlatTool | FreeTextTool)}
@@ -159,7 +161,7 @@ def responses_tools(
             told = f"{namespace}.{told}"
         if told in by_name:
             reject(f"{at}: there is another tool {preview(told)}", f"{at}.name")
-        by_name[told] = Offered(tool.name, namespace, isinstance(each, FreeTextTool))
+        by_name[told] = ClientTool(tool.name, namespace, isinstance(each, FreeTextTool))
         made.append(tool if told == tool.name else replace(tool, name=told))
     if why := tool_request.too_much(made):
         reject(f"tools{why}", "tools")

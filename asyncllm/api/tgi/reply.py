@@ -12,7 +12,7 @@ from asyncllm.api.common import sse
 from asyncllm.api.common.answer import REASONS, Answer, Choice, finite
 from asyncllm.api.lightllm.reply import HEAD, NO_TOKEN, NativeReply
 from asyncllm.api.tgi.request import TgiRequest
-from asyncllm.core.request import Reason
+from asyncllm.core.request import FinishReason
 from asyncllm.errors import RequestError
 
 NO_LOGPROB: Final = 0.0  # of an end without a token; clients want a number
@@ -130,7 +130,7 @@ class TgiReply(NativeReply):
         return (params.seed + choice.index) % 2**64 if params.temperature > 0 else None
 
     def _reason(self, choice: Choice) -> str:
-        if choice.reason in (Reason.LENGTH, Reason.ABORT):
+        if choice.reason in (FinishReason.LENGTH, FinishReason.ABORT):
             return REASONS[choice.reason]
         params, ids = self.answer.generation.params, choice.tokens.ids
         sequences = (*((token,) for token in params.stop_token_ids), *params.stop_sequences)

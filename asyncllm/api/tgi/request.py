@@ -12,18 +12,18 @@ from typing import Annotated, ClassVar, Final, Literal
 from pydantic import Field
 
 from asyncllm.api.common import response_format
-from asyncllm.api.common.model import (
+from asyncllm.api.common.request import GenerationRequest, ServedModel
+from asyncllm.api.common.request_model import (
     Integer,
     NumBest,
     NumChoices,
     Positive,
     Range,
     RequestModel,
+    TaggedUnion,
     Unavailable,
-    Variants,
     parse,
 )
-from asyncllm.api.common.request import GenerationRequest, ServedModel
 from asyncllm.api.common.response_format import Grammar, GrammarText, SchemaOrText
 from asyncllm.api.common.sampling_fields import Stop
 from asyncllm.api.common.validation import (
@@ -98,7 +98,7 @@ class TgiParameters(CommonParameters):
         description="the prompt's tokens and log-probabilities too; needs details, not on streams",
     )
     top_n_tokens: NumBest = Field(0, description="so many best tokens at each token")
-    grammar: Annotated[JsonForm | RegexForm, Variants()] | None = Field(
+    grammar: Annotated[JsonForm | RegexForm, TaggedUnion()] | None = Field(
         None,
         description="{type: json, json_schema or regex, value}: a JSON schema, or a regular "
         "expression, for the output",

@@ -51,7 +51,7 @@ class Number:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class StringForm:
     """What a string must match, or must not: a pattern, a format, or just itself."""
 
     kind: str  # pattern, format, text
@@ -71,7 +71,7 @@ class Sized:
 class String(Sized):
     """``lark``: a grammar in Lark's notation, of which the text is."""
 
-    forms: frozenset[Form] = frozenset()
+    forms: frozenset[StringForm] = frozenset()
     lark: str = ""
 
 

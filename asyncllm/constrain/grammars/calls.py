@@ -12,7 +12,15 @@ from functools import partial
 from typing import Final
 
 from asyncllm.constrain.grammars import regex, terms
-from asyncllm.constrain.grammars.atoms import Atom, Const, Form, Number, Object, Schemas, String
+from asyncllm.constrain.grammars.atoms import (
+    Atom,
+    Const,
+    Number,
+    Object,
+    Schemas,
+    String,
+    StringForm,
+)
 from asyncllm.constrain.grammars.rules import (
     EMPTY,
     Alt,
@@ -25,7 +33,7 @@ from asyncllm.constrain.grammars.rules import (
     seq,
     written,
 )
-from asyncllm.constrain.grammars.writing import LOOSE, Possible, Writer
+from asyncllm.constrain.grammars.writing import LOOSE, FeasibilityChecks, RuleWriter
 from asyncllm.plain import JsonObject, typed
 
 
@@ -54,7 +62,7 @@ _READS_AS_JSON: Final = (
 _COMBINED: Final = frozenset(("$ref", "anyOf", "oneOf", "allOf"))
 
 
-def calls_grammar(forms: Sequence[JsonObject], possible: Possible) -> str:
+def calls_grammar(forms: Sequence[JsonObject], possible: FeasibilityChecks) -> str:
     """The engine's grammar of one of several calls, after their mark.
 
     Args:
@@ -67,7 +75,7 @@ def calls_grammar(forms: Sequence[JsonObject], possible: Possible) -> str:
     calls: list[Expr] = []
     rules: dict[str, Expr] = {}
     for i, form in enumerate(forms):
-        writer = Writer(json.dumps(form["schema"]), possible, f"f{i}", LOOSE)
+        writer = RuleWriter(json.dumps(form["schema"]), possible, f"f{i}", LOOSE)
         begin, end = typed(form["begin"], str), typed(form["end"], str)
         parts = [_text(begin.lstrip()), _arguments(writer, typed(form["style"], str)), _text(end)]
         if begin != begin.lstrip():
@@ -84,7 +92,7 @@ def _text(text: str) -> Expr:
     return seq(*(Term(terms.text_term(char)) for char in text))
 
 
-def _arguments(writer: Writer, style: str) -> Expr:
+def _arguments(writer: RuleWriter, style: str) -> Expr:
     root = frozenset((writer.document.root,))
     atoms = [atom for atom in writer.meaning.atoms(root) if _is_object(atom)]
     if style not in _STYLES:
@@ -97,7 +105,7 @@ def _is_object(atom: Atom) -> bool:
     return isinstance(atom, Object) or (isinstance(atom, Const) and isinstance(atom.value, dict))
 
 
-def _tagged(writer: Writer, atom: Atom, tags: _Tags) -> Expr:
+def _tagged(writer: RuleWriter, atom: Atom, tags: _Tags) -> Expr:
     """Arguments between tags."""
     comma = _text(tags.between)
     if isinstance(atom, Const):
@@ -130,7 +138,7 @@ def _tagged(writer: Writer, atom: Atom, tags: _Tags) -> Expr:
     return writer.pairs(atom, pairs, other if keys else None, comma)
 
 
-def _is_text(writer: Writer, schemas: Schemas) -> bool:
+def _is_text(writer: RuleWriter, schemas: Schemas) -> bool:
     """Whether a parser takes every value for a string: it looks at types only."""
     nodes = writer.document.nodes
     told = [
@@ -142,19 +150,19 @@ def _is_text(writer: Writer, schemas: Schemas) -> bool:
 
 
 def _argument(
-    writer: Writer, key: Expr, values: Iterable[Atom], tags: _Tags, is_text: bool = False
+    writer: RuleWriter, key: Expr, values: Iterable[Atom], tags: _Tags, is_text: bool = False
 ) -> Expr:
     return seq(_text(tags.begin), key, _text(tags.named), _value(writer, values, tags, is_text))
 
 
-def _value(writer: Writer, values: Iterable[Atom], tags: _Tags, is_text: bool) -> Expr:
+def _value(writer: RuleWriter, values: Iterable[Atom], tags: _Tags, is_text: bool) -> Expr:
     """A value and its end tag; both are one terminal unless it is an array or an object."""
     end = f"/{terms.text_expression(tags.end)}/"
     found: list[Expr] = []
     for atom in values:
         match atom:
             case Const() if isinstance(atom.value, str):
-                only = String(forms=frozenset((Form("text", atom.value),)))
+                only = String(forms=frozenset((StringForm("text", atom.value),)))
                 found.append(writer.term(f"({_raw(only, tags, is_text)}) {end}"))
             case String() if atom.lark:
                 text = writer.lark(atom.lark, partial(_terminal, tags))

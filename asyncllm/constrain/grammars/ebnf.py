@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from math import inf
 from typing import ClassVar, Final, NoReturn
 
-from asyncllm.constrain.grammars.regex import ALL, Reader, class_at, escape_at, literal
+from asyncllm.constrain.grammars.regex import ALL, PatternReader, class_at, escape_at, literal
 from asyncllm.constrain.grammars.rules import (
     EMPTY,
     Alt,
@@ -43,7 +43,7 @@ def to_lark(source: str) -> str:
     Raises:
         RequestError: they are malformed, or no text matches them.
     """
-    rules = _Reader(source).rules()
+    rules = _EbnfReader(source).rules()
     if "root" not in rules:
         raise RequestError("the EBNF grammar has no rule root")
     rules = finite({name: _flat(name, rule) for name, rule in rules.items()}, "root")
@@ -52,7 +52,7 @@ def to_lark(source: str) -> str:
     return written(rules, "root")
 
 
-class NotationReader(Reader):
+class NotationReader(PatternReader):
     """Reads a grammar of several lines.
 
     Attributes:
@@ -90,7 +90,7 @@ class NotationReader(Reader):
         return made
 
 
-class _Reader(NotationReader):
+class _EbnfReader(NotationReader):
     counts, notation, skipped = _COUNT, "EBNF", _SKIP
 
     def __init__(self, source: str) -> None:

@@ -65,15 +65,15 @@ def read(source: str, name: str, spell: Callable[[Expr], Expr]) -> tuple[Rules, 
     Raises:
         RequestError: it is malformed, has what cannot be enforced, or no text matches it.
     """
-    reader = _Reader(source)
+    reader = _LarkReader(source)
     reader.statements()
-    made = _Maker(reader, name, spell).rules()
+    made = _LarkRules(reader, name, spell).rules()
     if not (kept := finite(made, f"{name}start")):
         raise RequestError("no text matches the Lark grammar: start never ends")
     return kept, RuleRef(f"{name}start")
 
 
-class _Reader(NotationReader):
+class _LarkReader(NotationReader):
     """Collects rules and terminals; texts and expressions in rules are terminals without a name."""
 
     notation, skipped = "Lark", _SKIP
@@ -195,10 +195,10 @@ class _Reader(NotationReader):
         return mapped(node, of)
 
 
-class _Maker:
+class _LarkRules:
     """Makes rules of what was read: one for each rule and for each terminal that rules name."""
 
-    def __init__(self, reader: _Reader, name: str, spell: Callable[[Expr], Expr]) -> None:
+    def __init__(self, reader: _LarkReader, name: str, spell: Callable[[Expr], Expr]) -> None:
         self._reader, self._name, self._spell = reader, name, spell
         self._terminals: dict[str, Expr] = {}
         self._made: Rules = {}

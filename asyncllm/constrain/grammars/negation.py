@@ -13,7 +13,7 @@ from asyncllm.constrain.grammars.document import Document
 from asyncllm.plain import Json, JsonObject
 
 
-class _Own(str):
+class _InternalKeyword(str):
     """A keyword of schemas made here: equal to no key of a JSON text, whatever that spells."""
 
     __slots__ = ()
@@ -21,9 +21,9 @@ class _Own(str):
     __hash__ = object.__hash__
 
 
-VALUES: Final = _Own("none of these values")
-PATTERN: Final = _Own("a string that this does not match")
-FRACTION: Final = _Own("a number that is no integer")
+VALUES: Final = _InternalKeyword("none of these values")
+PATTERN: Final = _InternalKeyword("a string that this does not match")
+FRACTION: Final = _InternalKeyword("a number that is no integer")
 
 _TYPES: Final = ("null", "boolean", "number", "string", "array", "object")
 _LENGTHS: Final = {

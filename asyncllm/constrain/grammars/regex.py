@@ -180,7 +180,7 @@ class _Class:
         return Chars(f"[{inner}]", frozenset(self.special))
 
 
-class Reader:
+class PatternReader:
     """Reads alternatives of repeated items from a text; its kinds say what an item is."""
 
     counts = _BRACES
@@ -244,7 +244,7 @@ class Reader:
         return None
 
 
-class _RegexParser(Reader):
+class _RegexParser(PatternReader):
     def __init__(self, source: str, at: int = 0) -> None:
         super().__init__(source, at)
         self.nodes = self.repeats = 0

@@ -18,12 +18,12 @@ from asyncllm.constrain.grammars.atoms import (
     Array,
     Atom,
     Const,
-    Form,
     Layer,
     Number,
     Object,
     Schemas,
     String,
+    StringForm,
     common,
     kind_of,
     number,
@@ -43,7 +43,7 @@ TYPES: Final = ("null", "boolean", "integer", "number", "string", "array", "obje
 Matches = Callable[[str, str], bool]
 
 
-class Meaning:
+class SchemaResolver:
     """Alternatives of one document's schemas.
 
     Args:
@@ -92,7 +92,7 @@ class Meaning:
         return frozenset(found)
 
     def matches_pattern(self, text: str, pattern: str) -> bool:
-        return self._matches(raw_form(Form("pattern", pattern)), text)
+        return self._matches(raw_form(StringForm("pattern", pattern)), text)
 
     # -- one schema ----------------------------------------------------------------------------
 
@@ -218,13 +218,13 @@ class Meaning:
         return common(told, free)
 
     def _string(self, node: JsonObject, gone: Iterable[Json]) -> Atom | None:
-        forms = {Form("text", value, False) for value in gone if isinstance(value, str)}
+        forms = {StringForm("text", value, False) for value in gone if isinstance(value, str)}
         for word, holds in (("pattern", True), (negation.PATTERN, False)):
             if word in node:
                 text = self._said(node, word, str, f"a {word} that is no string")
                 forms.add(self._pattern(node, "a pattern", text, holds))
         if (text := self._said(node, "format", str, "a format that is no string", "")) in FORMATS:
-            forms.add(Form("format", text))
+            forms.add(StringForm("format", text))
         elif text in UNENFORCED:
             self._refuse(node, "format")
         lark = node.get(LARK)
@@ -234,8 +234,8 @@ class Meaning:
             String(forms=frozenset(forms), lark=lark if isinstance(lark, str) else ""),
         )
 
-    def _pattern(self, node: JsonObject, what: str, text: str, holds: bool = True) -> Form:
-        form = Form("pattern", text, holds)
+    def _pattern(self, node: JsonObject, what: str, text: str, holds: bool = True) -> StringForm:
+        form = StringForm("pattern", text, holds)
         try:
             raw_form(form)
         except RequestError as error:
@@ -469,10 +469,10 @@ class Meaning:
             case _:
                 return False
 
-    def _has_form(self, value: str, form: Form) -> bool:
+    def _has_form(self, value: str, form: StringForm) -> bool:
         if form.kind == "text":
             return (value == form.text) == form.holds
-        positive = Form(form.kind, form.text)
+        positive = StringForm(form.kind, form.text)
         return self._matches(raw_form(positive), value) == form.holds
 
 

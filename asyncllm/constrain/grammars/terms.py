@@ -8,7 +8,7 @@ from math import inf
 from typing import Final
 
 from asyncllm.constrain.grammars import numbers, regex
-from asyncllm.constrain.grammars.atoms import Const, Form, Number, String
+from asyncllm.constrain.grammars.atoms import Const, Number, String, StringForm
 from asyncllm.constrain.grammars.formats import FORMATS
 from asyncllm.constrain.grammars.jsontext import scalar, string
 from asyncllm.constrain.grammars.regex import code_text
@@ -24,7 +24,7 @@ NEVER: Final = r"[^\x00-\x{10FFFF}]"
 
 
 @lru_cache(4096)
-def _parsed(form: Form) -> Expr:
+def _parsed(form: StringForm) -> Expr:
     match form.kind:
         case "pattern":
             return regex.searched(regex.parse(form.text))
@@ -43,16 +43,16 @@ def is_plain(atom: String) -> bool:
     )
 
 
-def raw_form(form: Form) -> str:
+def raw_form(form: StringForm) -> str:
     """A terminal of the texts of a form. Raises RequestError: the pattern cannot be kept."""
     return f"/{regex.raw(_parsed(form))}/"
 
 
-def _raw_form(form: Form) -> str:
+def _raw_form(form: StringForm) -> str:
     return f"{'' if form.holds else '~'}{raw_form(form)}"
 
 
-def _json_form(form: Form) -> str:
+def _json_form(form: StringForm) -> str:
     if form.kind == "text":
         inner = text_expression(string(form.text)[1:-1])
     else:
@@ -97,7 +97,7 @@ def raw_term(atom: String) -> str:
 def key_term(
     names: Iterable[str],
     patterns: Iterable[tuple[str, bool]],
-    more: Iterable[Form],
+    more: Iterable[StringForm],
     quoted: bool = True,
 ) -> str:
     """Keys but ``names`` that match some patterns, and do not match others; a terminal."""
@@ -105,7 +105,7 @@ def key_term(
     spelled = map(string, names) if quoted else names
     if excluded := "|".join(map(text_expression, spelled)):
         parts.append(f"~/(?:{excluded})/")
-    forms = (*(Form("pattern", pattern, holds) for pattern, holds in patterns), *more)
+    forms = (*(StringForm("pattern", pattern, holds) for pattern, holds in patterns), *more)
     return " & ".join((*parts, *((_json_form if quoted else _raw_form)(form) for form in forms)))
 
 

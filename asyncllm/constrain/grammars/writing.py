@@ -17,12 +17,12 @@ from asyncllm.constrain.grammars.atoms import (
     Array,
     Atom,
     Const,
-    Form,
     Layer,
     Number,
     Object,
     Schemas,
     String,
+    StringForm,
 )
 from asyncllm.constrain.grammars.document import Document
 from asyncllm.constrain.grammars.jsontext import load, string
@@ -40,7 +40,7 @@ from asyncllm.constrain.grammars.rules import (
     times,
     written,
 )
-from asyncllm.constrain.grammars.schema import Matches, Meaning
+from asyncllm.constrain.grammars.schema import Matches, SchemaResolver
 from asyncllm.errors import RequestError
 from asyncllm.plain import Json
 
@@ -50,7 +50,7 @@ MAX_PATTERNS: Final = 6  # that keys may match in any combination
 
 
 @dataclass(frozen=True, slots=True)
-class Marks:
+class JsonPunctuation:
     """JSON's own marks."""
 
     comma: Expr
@@ -62,17 +62,17 @@ class Marks:
 
 
 # White space is not optional: a model that likes it would never stop.
-TIGHT: Final = Marks(
+TIGHT: Final = JsonPunctuation(
     *map(Term, ("/, /", "/: /", r"/\x{7B}/", r"/\x{7D}/", r"/\x{5B}/", r"/\x{5D}/"))
 )
 # One at most: models write calls as they have learnt to, and go on better behind them.
-LOOSE: Final = Marks(
+LOOSE: Final = JsonPunctuation(
     *map(Term, (r"/,[ \n]?/", r"/:[ \n]?/", r"/\x{7B}[ \n]?/", r"/[ \n]?\x{7D}/",
                 r"/\x{5B}[ \n]?/", r"/[ \n]?\x{5D}/"))
 )  # fmt: skip
 
 
-class Possible:
+class FeasibilityChecks:
     """What the engine is asked.
 
     Attributes:
@@ -84,17 +84,17 @@ class Possible:
         self.matches, self.some = matches, some
 
 
-def schema_grammar(text: str, possible: Possible) -> str:
+def schema_grammar(text: str, possible: FeasibilityChecks) -> str:
     """The engine's grammar of the JSON texts that fit a schema.
 
     Raises:
         RequestError: the schema is malformed, cannot be enforced, or nothing fits it.
     """
-    writer = Writer(text, possible)
+    writer = RuleWriter(text, possible)
     return written(writer.finished(writer.value(frozenset((writer.document.root,)))), writer.root)
 
 
-class Writer:
+class RuleWriter:
     """Collects the rules that values need.
 
     Args:
@@ -102,10 +102,12 @@ class Writer:
         name: begins the names of all rules.
     """
 
-    def __init__(self, text: str, possible: Possible, name: str = "", marks: Marks = TIGHT) -> None:
+    def __init__(
+        self, text: str, possible: FeasibilityChecks, name: str = "", marks: JsonPunctuation = TIGHT
+    ) -> None:
         self.marks = marks
         self.document = Document(load(text))
-        self.meaning = Meaning(self.document, possible.matches)
+        self.meaning = SchemaResolver(self.document, possible.matches)
         self._some = possible.some
         self._name, self.root = name, f"{name}root"
         self.rules: Rules = {}
@@ -292,7 +294,7 @@ class Writer:
                 f"the JSON schema has an object with {len(patterns)} patternProperties, at most"
                 f" {MAX_PATTERNS} can be enforced"
             )
-        forms: list[tuple[Form, ...]] = [()]
+        forms: list[tuple[StringForm, ...]] = [()]
         told: dict[Schemas, list[str]] = {}
         for name in self._told(atom):
             if name not in names:
@@ -304,7 +306,8 @@ class Writer:
         if atom.names:
             keys = [key for key in self.meaning.atoms(atom.names) if isinstance(key, String)]
             forms = [
-                (*key.forms, Form("pattern", f"^[^]{times(key.low, key.high)}$")) for key in keys
+                (*key.forms, StringForm("pattern", f"^[^]{times(key.low, key.high)}$"))
+                for key in keys
             ]
         for which in range(2 ** len(patterns)):
             held = [(pattern, bool(which >> i & 1)) for i, pattern in enumerate(patterns)]

@@ -17,7 +17,7 @@ from asyncllm.api.common.errors import NotAvailable
 from asyncllm.api.common.request import GenerationRequest
 from asyncllm.api.parsing.output_parser import Dialect
 from asyncllm.codec import i32
-from asyncllm.core.request import Reason
+from asyncllm.core.request import FinishReason
 from asyncllm.errors import ModelNotFound, RequestError
 from asyncllm.records import Failure
 from tests.api.harness import (
@@ -337,7 +337,7 @@ def test_counting_sees_the_same_prompt() -> None:
 # -- answers -----------------------------------------------------------------------------------
 
 
-def reply(reason: Reason = Reason.STOP, stop: str = "", **body: Any) -> MessageReply:
+def reply(reason: FinishReason = FinishReason.STOP, stop: str = "", **body: Any) -> MessageReply:
     made = MessageReply(answer(request(**body), [b"hello"]))
     (choice,) = made.answer.choices
     choice.reason, choice.stop = reason, stop
@@ -345,7 +345,7 @@ def reply(reason: Reason = Reason.STOP, stop: str = "", **body: Any) -> MessageR
 
 
 def test_stream() -> None:
-    made = reply(Reason.LENGTH)
+    made = reply(FinishReason.LENGTH)
     (choice,) = made.answer.choices
     raw = made.opening()
     choice.reason = None
@@ -353,7 +353,7 @@ def test_stream() -> None:
         news = delta(piece, i32([0]))
         choice.take(news)
         raw += made.piece(choice, news) + made.flush_held()
-    choice.reason, choice.cached_len = Reason.LENGTH, 2
+    choice.reason, choice.cached_len = FinishReason.LENGTH, 2
     raw += made.end(choice) + made.closing()
     start, *middle, last, stop = typed_events(raw)
     assert start == {
@@ -414,12 +414,12 @@ def test_a_stream_without_text_has_no_block() -> None:
 @pytest.mark.parametrize(
     ("reason", "stop", "expected"),
     [
-        (Reason.STOP, "", ("end_turn", None)),
-        (Reason.LENGTH, "", ("max_tokens", None)),
-        (Reason.STOP, "###", ("stop_sequence", "###")),
+        (FinishReason.STOP, "", ("end_turn", None)),
+        (FinishReason.LENGTH, "", ("max_tokens", None)),
+        (FinishReason.STOP, "###", ("stop_sequence", "###")),
     ],
 )
-def test_whole(reason: Reason, stop: str, expected: tuple[str, str | None]) -> None:
+def test_whole(reason: FinishReason, stop: str, expected: tuple[str, str | None]) -> None:
     made = reply(reason, stop)
     assert json.loads(made.whole())["content"] == []
     made.answer.choices[0].take(delta("hey", i32([0])))

@@ -47,7 +47,9 @@ def of_tgi(served: ServedModel, body: dict[str, Any]) -> SamplingParams:
 
 
 def of_responses(served: ServedModel, body: dict[str, Any]) -> SamplingParams:
-    return responses.read({"input": "x"} | body, served, responses.Store()).generation.params
+    return responses.read(
+        {"input": "x"} | body, served, responses.ResponseStore()
+    ).generation.params
 
 
 SAMPLE: dict[str, Ask] = {
@@ -117,7 +119,7 @@ def test_the_files_top_k_of_0_is_all() -> None:
 
 
 def test_a_response_repeats_what_is_used() -> None:
-    asked = responses.read({"input": "x"}, with_file(**FILE), responses.Store())
+    asked = responses.read({"input": "x"}, with_file(**FILE), responses.ResponseStore())
     assert (asked.echo["temperature"], asked.echo["top_p"]) == (0.6, 0.9)
 
 

@@ -180,9 +180,9 @@ ITEM_CALL = {"type": "function_call", "call_id": "a", "name": "f", "arguments": 
         (anthropic.messages, {"max_tokens": 5, "messages": [user("x" * 950)] * 4096}),
         (anthropic.messages, {"max_tokens": 5, "messages": [user(TEXTS)]}),
         (anthropic.messages, {"max_tokens": 5, "messages": [user(RESULTS)]}),
-        (lambda b, s: responses.read(b, s, responses.Store()), {"input": [user("x" * 950)] * 4096}),
+        (lambda b, s: responses.read(b, s, responses.ResponseStore()), {"input": [user("x" * 950)] * 4096}),
         (
-            lambda b, s: responses.read(b, s, responses.Store()),
+            lambda b, s: responses.read(b, s, responses.ResponseStore()),
             {"input": [user("x"), *[ITEM_CALL] * 4000, user("y")]},
         ),
     ],
@@ -224,7 +224,7 @@ def test_json_in_strings_has_a_bound_of_its_own(arguments: list[str]) -> None:
     items = [ITEM_CALL | {"arguments": text} for text in arguments]
     if len(arguments) < 4000:
         with pytest.raises(RequestError, match="arguments"):
-            responses.read({"input": [*items, user("x")]}, SERVED, responses.Store())
+            responses.read({"input": [*items, user("x")]}, SERVED, responses.ResponseStore())
 
 
 def test_pieces_of_turns_are_joined_as_before() -> None:

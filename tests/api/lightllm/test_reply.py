@@ -12,7 +12,7 @@ from asyncllm.api.lightllm import request as lightllm
 from asyncllm.api.lightllm.reply import NativeReply
 from asyncllm.api.openapi import document as openapi
 from asyncllm.codec import i32
-from asyncllm.core.request import Reason
+from asyncllm.core.request import FinishReason
 from asyncllm.errors import RequestError
 from asyncllm.records import Logprobs
 from tests.api.harness import (
@@ -105,7 +105,7 @@ def test_native_whole_lists_for_more_choices() -> None:
             delta("a", i32([97]), ("a",), Logprobs(1, floats(-1), i32([98]), floats(-0.5)), scores),
             i,
         )
-        end(reply, Reason.LENGTH, i)
+        end(reply, FinishReason.LENGTH, i)
     body = json.loads(reply.whole())
     assert body["generated_text"] == ["a", "a"]
     assert (body["count_output_tokens"], body["finish_reason"]) == ([1, 1], ["length"] * 2)
@@ -152,7 +152,7 @@ def test_native_answers_are_as_the_document_says() -> None:
                 delta("a", i32([97]), ("a",), floats(-1), prompt=Logprobs(chosen=floats(-1))),
                 i,
             )
-            end(reply, Reason.LENGTH, i)
+            end(reply, FinishReason.LENGTH, i)
         schema = openapi.document(BYTES_SERVED, secured=False)["components"]["schemas"]["Native"]
         jsonschema.validate(json.loads(reply.whole()), schema)
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncllm.codec import i32
-from asyncllm.core.request import Reason
+from asyncllm.core.request import FinishReason
 from asyncllm.errors import RequestError
 from tests.api.harness import (
     ARGS,
@@ -78,7 +78,7 @@ def test_a_stream_cut_anywhere_says_the_same(
 
 def test_the_bytes_of_chunks() -> None:
     made = reply("hermes", "think", stream=True)
-    got = feed(made, ["<think>", "é", "</think>", 'a"', f"<tool_call>{CALL}"], Reason.LENGTH)
+    got = feed(made, ["<think>", "é", "</think>", 'a"', f"<tool_call>{CALL}"], FinishReason.LENGTH)
     head = (
         'data: {"id":"id-1","object":"chat.completion.chunk","created":7,"model":"m\\"1",'
         '"choices":[{"index":0,"delta":'
@@ -97,19 +97,19 @@ def test_the_bytes_of_chunks() -> None:
 def test_without_parallel_calls_only_the_first_is_told() -> None:
     text = f"<tool_call>{CALL}</tool_call> <tool_call>{CALL}</tool_call>"
     made = reply("hermes", "", parallel_tool_calls=False)
-    feed(made, list(text), Reason.STOP)
+    feed(made, list(text), FinishReason.STOP)
     (choice,) = json.loads(made.whole())["choices"]
     assert called(choice["message"]["tool_calls"]) == [WEATHER]
     assert choice["finish_reason"] == "tool_calls"
     streamed = reply("hermes", "", parallel_tool_calls=False, stream=True)
-    chunks = events(feed(streamed, list(text), Reason.STOP))
+    chunks = events(feed(streamed, list(text), FinishReason.STOP))
     assert called(joined(chunks)["tool_calls"]) == [WEATHER]
 
 
 def test_each_choice_has_its_own_parts() -> None:
     made = reply("hermes", "", n=2)
-    feed(made, list("no"), Reason.STOP, 1)
-    feed(made, list(f"<tool_call>{CALL}</tool_call>"), Reason.STOP, 0)
+    feed(made, list("no"), FinishReason.STOP, 1)
+    feed(made, list(f"<tool_call>{CALL}</tool_call>"), FinishReason.STOP, 0)
     first, second = json.loads(made.whole())["choices"]
     assert called(first["message"]["tool_calls"]) == [WEATHER]
     assert (first["finish_reason"], second["finish_reason"]) == ("tool_calls", "stop")
@@ -144,7 +144,7 @@ def test_forced_calls(
 def test_reasoning_in_the_content(stream: bool) -> None:
     made = reply("hermes", "think", separate_reasoning=False, stream=stream)
     text = f"{THINK}Yes <tool_call>{CALL}</tool_call>"
-    out = feed(made, list(text), Reason.STOP)
+    out = feed(made, list(text), FinishReason.STOP)
     if stream:
         message = joined(events(out))
         assert message["reasoning"] == ""
@@ -171,7 +171,7 @@ def test_the_prompt_says_where_the_answer_begins(
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": continued}]
     body = {"messages": turns, "continue_final_message": True} if continued else {}
     made = reply("", "think", head=head, **body)
-    feed(made, list(text), Reason.STOP)
+    feed(made, list(text), FinishReason.STOP)
     message = json.loads(made.whole())["choices"][0]["message"]
     assert (message["reasoning"], message["content"]) == (reasoning, content)
 
@@ -183,9 +183,9 @@ def test_tokens_of_reasoning_are_counted_however_they_come(together: bool) -> No
     if together:
         (choice,) = made.answer.choices
         choice.take(delta("".join(pieces), i32([65] * 6), tuple(pieces)))
-        choice.end(Reason.STOP, 1, "")
+        choice.end(FinishReason.STOP, 1, "")
     else:
-        feed(made, pieces, Reason.STOP)
+        feed(made, pieces, FinishReason.STOP)
     usage = made.answer.usage()
     assert usage["completion_tokens"] == 6
     assert usage["completion_tokens_details"] == {"reasoning_tokens": 4}
@@ -194,7 +194,7 @@ def test_tokens_of_reasoning_are_counted_however_they_come(together: bool) -> No
 def test_guessed_tokens_are_in_the_usage_of_all_choices() -> None:
     made = reply("", "think", head="<think>")
     (choice,) = made.answer.choices
-    choice.end(Reason.STOP, 1, "", (5, 3))
+    choice.end(FinishReason.STOP, 1, "", (5, 3))
     assert made.answer.usage()["completion_tokens_details"] == {
         "reasoning_tokens": 0,
         "accepted_prediction_tokens": 3,
@@ -240,14 +240,14 @@ def test_bad_predictions_are_refused_by_name(prediction: Any, at: str) -> None:
 def test_reasoning_in_one_piece(flows: bool) -> None:
     text = "<think>one two</think>Yes"
     made = reply("", "think", stream=True, stream_reasoning=flows)
-    deltas = [c["choices"][0]["delta"] for c in events(feed(made, list(text), Reason.STOP))]
+    deltas = [c["choices"][0]["delta"] for c in events(feed(made, list(text), FinishReason.STOP))]
     thoughts = [delta["reasoning"] for delta in deltas if "reasoning" in delta]
     assert "".join(thoughts) == "one two"
     assert (len(thoughts) == 1) is not flows
     assert "".join(delta.get("content", "") for delta in deltas) == "Yes"
     cut = reply("", "think", stream=True, stream_reasoning=flows)
     deltas = [
-        c["choices"][0]["delta"] for c in events(feed(cut, list("<think>one"), Reason.LENGTH))
+        c["choices"][0]["delta"] for c in events(feed(cut, list("<think>one"), FinishReason.LENGTH))
     ]
     assert "".join(delta.get("reasoning", "") for delta in deltas) == "one"
 
@@ -255,13 +255,13 @@ def test_reasoning_in_one_piece(flows: bool) -> None:
 def test_a_call_of_a_function() -> None:
     text, asked = f"<tool_call>{CALL}</tool_call>", {"functions": [TOOLS[0]["function"]]}
     made = reply("", "qwen3", **asked)
-    feed(made, [text], Reason.STOP)
+    feed(made, [text], FinishReason.STOP)
     (choice,) = json.loads(made.whole())["choices"]
     assert choice["finish_reason"] == "function_call"
     call = {"name": "weather", "arguments": ARGS}
     assert (choice["message"]["function_call"], "tool_calls" in choice["message"]) == (call, False)
     made = reply("", "qwen3", stream=True, **asked)
-    chunks = [c["choices"][0] for c in events(feed(made, list(text), Reason.STOP))]
+    chunks = [c["choices"][0] for c in events(feed(made, list(text), FinishReason.STOP))]
     told = [c["delta"]["function_call"] for c in chunks if "function_call" in c["delta"]]
     assert told[0] == {"name": "weather", "arguments": ""}
     assert "".join(each["arguments"] for each in told) == ARGS

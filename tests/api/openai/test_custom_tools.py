@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from asyncllm.core.request import LARK, Reason
+from asyncllm.core.request import LARK, FinishReason
 from asyncllm.errors import RequestError
 from tests.api.harness import CALL, HI, TOOLS, chat_request, events, feed, rendered, reply
 
@@ -85,7 +85,7 @@ def test_of_many_tools_an_error_names_some() -> None:
 def test_calls_of_both_kinds_come_back_as_they_were_offered() -> None:
     text = f"<tool_call>{CALL}</tool_call>\n{WRITTEN}"
     made = reply("hermes", "", tools=[*TOOLS, PATCH])
-    feed(made, [text], Reason.STOP)
+    feed(made, [text], FinishReason.STOP)
     (choice,) = json.loads(made.whole())["choices"]
     weather, patch = choice["message"]["tool_calls"]
     assert (weather["type"], weather["function"]["name"]) == ("function", "weather")
@@ -100,7 +100,9 @@ def test_calls_of_both_kinds_come_back_as_they_were_offered() -> None:
 @pytest.mark.parametrize("more", [{}, {"logprobs": True}])
 def test_free_text_is_streamed_behind_the_name(more: dict[str, Any]) -> None:
     made = reply("hermes", "", tools=[*TOOLS, PATCH], stream=True, **more)
-    chunks = events(feed(made, list(f"<tool_call>{CALL}</tool_call>\n{WRITTEN}"), Reason.STOP))
+    chunks = events(
+        feed(made, list(f"<tool_call>{CALL}</tool_call>\n{WRITTEN}"), FinishReason.STOP)
+    )
     told = [
         call
         for chunk in chunks

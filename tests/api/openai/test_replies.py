@@ -14,7 +14,7 @@ from asyncllm.api.openai import request as openai
 from asyncllm.api.openai.chat_reply import ChatReply
 from asyncllm.api.openai.completion_reply import CompletionReply
 from asyncllm.codec import i32
-from asyncllm.core.request import Reason
+from asyncllm.core.request import FinishReason
 from asyncllm.errors import RequestError
 from asyncllm.records import Logprobs
 from tests.api.harness import (
@@ -94,7 +94,7 @@ def test_completion_stream_bytes() -> None:
     assert reply.opening() == b""
     got = take(reply, delta("x", i32([1]))).decode()
     assert got == head + '"x","logprobs":null,"finish_reason":null}]}\n\n'
-    got = end(reply, Reason.LENGTH).decode()
+    got = end(reply, FinishReason.LENGTH).decode()
     assert got == head + '"","logprobs":null,"finish_reason":"length"}]}\n\n'
 
 
@@ -153,7 +153,9 @@ def test_echo_of_a_truncated_prompt_is_what_was_used() -> None:
 def test_echo_of_nothing_more() -> None:
     """max_tokens 0: the prompt and its scores, no token."""
     reply = completion(stream=True, echo=True, logprobs=0, max_tokens=0)
-    out = take(reply, delta("", prompt=Logprobs(chosen=floats(-1)))) + end(reply, Reason.LENGTH)
+    out = take(reply, delta("", prompt=Logprobs(chosen=floats(-1)))) + end(
+        reply, FinishReason.LENGTH
+    )
     texts = [(c["choices"][0]["text"], c["choices"][0]["finish_reason"]) for c in events(out)]
     assert texts == [("hi", None), ("", "length")]
 

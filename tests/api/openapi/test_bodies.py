@@ -13,7 +13,7 @@ from asyncllm.api.anthropic import request as anthropic
 from asyncllm.api.lightllm import request as lightllm
 from asyncllm.api.openai import request as openai
 from asyncllm.api.responses import request as responses
-from asyncllm.api.responses.store import Store
+from asyncllm.api.responses.store import ResponseStore
 from asyncllm.api.tgi import request as tgi
 from asyncllm.errors import RequestError
 from tests.api.harness import DOC, FUNCTION, HI, SCHEMA, SERVED, TGI, TOOLS
@@ -54,7 +54,7 @@ Parse = Callable[[dict[str, Any]], object]
 ROUTES: list[tuple[str, Parse, dict[str, Any]]] = [
     ("ChatRequest", lambda body: openai.chat(body, SERVED), CHAT),
     ("CompletionRequest", lambda body: openai.completion(body, SERVED), COMPLETION),
-    ("ResponseRequest", lambda body: responses.read(body, SERVED, Store()), RESPONSE),
+    ("ResponseRequest", lambda body: responses.read(body, SERVED, ResponseStore()), RESPONSE),
     ("MessageRequest", lambda body: anthropic.messages(body, SERVED), MESSAGE),
     ("NativeRequest", lambda body: lightllm.generate(body, SERVED, stream=False), NATIVE),
     ("TgiNativeRequest", lambda body: tgi.generate(body, SERVED, stream=False), ASKED),

@@ -8,7 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from asyncllm.api.common.model import RequestModel
+from asyncllm.api.common.request_model import RequestModel
 from asyncllm.api.openai import request as openai
 from asyncllm.api.openapi import document as openapi
 from asyncllm.errors import RequestError

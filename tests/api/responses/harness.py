@@ -9,19 +9,21 @@ from asyncllm.api.parsing.output_parser import Dialect
 from asyncllm.api.responses import request as responses
 from asyncllm.api.responses.reply import ResponseReply
 from asyncllm.api.responses.request import ResponsesRequest
-from asyncllm.api.responses.store import Store
+from asyncllm.api.responses.store import ResponseStore
 from asyncllm.codec import i32
 from tests.api.harness import SCHEMA, SERVED, Case, answer, delta, ending
 
 TOOLS = [{"type": "function", "name": "weather", "description": "of a city", "parameters": SCHEMA}]
 
 
-def ask(memory: Store | None = None, **body: Any) -> ResponsesRequest:
+def ask(memory: ResponseStore | None = None, **body: Any) -> ResponsesRequest:
     served = replace(SERVED, dialect=body.pop("dialect", SERVED.dialect))
-    return responses.read({"input": "hi"} | body, served, memory or Store())
+    return responses.read({"input": "hi"} | body, served, memory or ResponseStore())
 
 
-def parted(case: Case, pieces: list[str], store: Store, **body: Any) -> tuple[ResponseReply, bytes]:
+def parted(
+    case: Case, pieces: list[str], store: ResponseStore, **body: Any
+) -> tuple[ResponseReply, bytes]:
     """A reply that has taken an answer, one token for each piece, and what a stream says."""
     calls, thoughts, *_, reason = case
     dialect = Dialect(calls=calls or "hermes", lists_tools=True, reasoning=thoughts)

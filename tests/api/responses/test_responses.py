@@ -15,9 +15,9 @@ from asyncllm.api.parsing.events import Content
 from asyncllm.api.parsing.output_parser import Dialect
 from asyncllm.api.responses import request as responses
 from asyncllm.api.responses.reply import ResponseReply, answered
-from asyncllm.api.responses.store import Store, StoredResponse
+from asyncllm.api.responses.store import ResponseStore, StoredResponse
 from asyncllm.codec import i32
-from asyncllm.core.request import Reason
+from asyncllm.core.request import FinishReason
 from asyncllm.errors import ModelNotFound, RequestError
 from asyncllm.records import Logprobs
 from tests.api.harness import (
@@ -224,7 +224,7 @@ def turn(text: str) -> list[dict[str, Any]]:
 
 
 def test_a_conversation_goes_on_without_its_instructions() -> None:
-    store, messages = Store(), [ContentBlock(0, Content, pieces=["O", "NE"])]
+    store, messages = ResponseStore(), [ContentBlock(0, Content, pieces=["O", "NE"])]
     store.put("r1", answered(ask(input="one", instructions="shout"), messages, b"{}"))
     got = ask(store, input="two", previous_response_id="r1", instructions="whisper")
     assert rendered(got.generation)["messages"] == [
@@ -237,7 +237,7 @@ def test_a_conversation_goes_on_without_its_instructions() -> None:
 
 
 def test_the_least_recently_used_is_forgotten() -> None:
-    store = Store(most=2)
+    store = ResponseStore(most=2)
     for key in ("a", "b"):
         store.put(key, StoredResponse(turn(key), key.encode()))
     store.messages("a")
@@ -255,7 +255,7 @@ def test_the_least_recently_used_is_forgotten() -> None:
 
 
 def test_memory_is_bounded_in_bytes() -> None:
-    store = Store(most_bytes=10_000)
+    store = ResponseStore(most_bytes=10_000)
     for i in range(20):
         store.put(str(i), StoredResponse(turn("x" * 500), b"y" * 500))
         assert store.num_bytes <= 10_000
@@ -267,7 +267,9 @@ def test_memory_is_bounded_in_bytes() -> None:
 # -- answers -----------------------------------------------------------------------------------
 
 
-def reply(memory: Store, reason: Reason = Reason.STOP, **body: Any) -> ResponseReply:
+def reply(
+    memory: ResponseStore, reason: FinishReason = FinishReason.STOP, **body: Any
+) -> ResponseReply:
     asked = ask(memory, **body)
     made = ResponseReply(answer(asked.generation, [b"hello"]), asked, memory)
     made.answer.choices[0].reason = reason
@@ -275,7 +277,7 @@ def reply(memory: Store, reason: Reason = Reason.STOP, **body: Any) -> ResponseR
 
 
 def test_an_empty_answer_is_an_empty_message() -> None:
-    made = reply(Store())
+    made = reply(ResponseStore())
     (item,) = json.loads(made.whole())["output"]
     got = typed_events(made.end(made.answer.choices[0]) + made.closing())
     assert got[-1]["response"]["output"] == [item]
@@ -284,7 +286,7 @@ def test_an_empty_answer_is_an_empty_message() -> None:
 
 def test_log_probabilities() -> None:
     for include, best in ([responses.LOGPROBS], 0), ([responses.LOGPROBS], 1), ([], 0):
-        made = reply(Store(), stream=True, include=include, top_logprobs=best)
+        made = reply(ResponseStore(), stream=True, include=include, top_logprobs=best)
         assert made.answer.generation.params.logprobs == (best if include else -1)
         (choice,) = made.answer.choices
         raw = b""
@@ -305,7 +307,7 @@ def test_log_probabilities() -> None:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_answers_are_as_the_document_says(case: Case) -> None:
-    response, _ = parted(case, [case[2]], Store())
+    response, _ = parted(case, [case[2]], ResponseStore())
     jsonschema.validate(json.loads(response.whole()), DOC["components"]["schemas"]["Response"])
 
 
@@ -319,7 +321,7 @@ DELTAS = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_items_in_answers(case: Case) -> None:
     _, _, text, content, reasoning, calls, reason = case
-    store = Store()
+    store = ResponseStore()
     made, raw = parted(case, list(text), store, stream=True)
     got = typed_events(raw + made.end(made.answer.choices[0]) + made.closing())
     assert [e["sequence_number"] for e in got] == list(range(len(got)))
@@ -358,10 +360,10 @@ def test_items_in_answers(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "status"), [(Reason.STOP, "completed"), (Reason.LENGTH, "incomplete")]
+    ("reason", "status"), [(FinishReason.STOP, "completed"), (FinishReason.LENGTH, "incomplete")]
 )
-def test_stream(reason: Reason, status: str) -> None:
-    store = Store()
+def test_stream(reason: FinishReason, status: str) -> None:
+    store = ResponseStore()
     made = reply(store, reason, stream=True)
     (choice,) = made.answer.choices
     raw = made.opening()
@@ -399,7 +401,7 @@ def test_stream(reason: Reason, status: str) -> None:
 
 def test_whole_is_stored_only_if_it_may_be() -> None:
     for keep in (True, False):
-        store = Store()
+        store = ResponseStore()
         made = reply(store, store=keep, instructions="i", metadata={"k": "v"})
         got = json.loads(made.whole())
         assert (got["instructions"], got["metadata"], got["store"]) == ("i", {"k": "v"}, keep)
@@ -407,7 +409,7 @@ def test_whole_is_stored_only_if_it_may_be() -> None:
 
 
 def test_a_failure_ends_the_stream() -> None:
-    made = reply(Store())
+    made = reply(ResponseStore())
     (event,) = typed_events(made.error(errors.ServerFault("broken")))
     assert event["type"] == "response.failed"
     assert event["response"]["status"] == "failed"

@@ -9,7 +9,7 @@ import pytest
 
 from asyncllm.api.common.chat_template import ChatTemplate
 from asyncllm.api.parsing.output_parser import Dialect
-from asyncllm.api.responses.store import Store
+from asyncllm.api.responses.store import ResponseStore
 from asyncllm.core.request import LARK
 from asyncllm.errors import RequestError
 from tests.api.harness import Case, rendered, typed_events
@@ -117,9 +117,9 @@ def test_calls_come_back_as_the_client_knows_them() -> None:
         for name, given in (("spawn", {"n": 1}), ("patch", {"input": 'a "b"\n'}))
     )
     case: Case = ("hermes", "", text, None, None, [], "stop")
-    made, _ = parted(case, list(text), Store(), tools=[AGENTS, PATCH])
+    made, _ = parted(case, list(text), ResponseStore(), tools=[AGENTS, PATCH])
     whole = json.loads(made.whole())
-    made, raw = parted(case, list(text), Store(), tools=[AGENTS, PATCH], stream=True)
+    made, raw = parted(case, list(text), ResponseStore(), tools=[AGENTS, PATCH], stream=True)
     events = typed_events(raw + made.end(made.answer.choices[0]) + made.closing())
     spawn, patch = whole["output"]
     assert (spawn["type"], spawn["name"], spawn["namespace"]) == (

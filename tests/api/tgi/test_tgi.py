@@ -14,7 +14,7 @@ from asyncllm.api.lightllm import request as lightllm
 from asyncllm.api.tgi import request as tgi
 from asyncllm.api.tgi.reply import TgiReply, error_body
 from asyncllm.codec import i32
-from asyncllm.core.request import Reason
+from asyncllm.core.request import FinishReason
 from asyncllm.errors import RequestError
 from asyncllm.records import Failure, Logprobs
 from tests.api.harness import BYTES_SERVED, TGI, answer, delta, end, floats, native_events, take
@@ -155,7 +155,7 @@ def test_best_of_picks_the_best_mean() -> None:
     for i, logprobs in enumerate(((-1.0,), (-0.5, -0.75), (-9.0, 0.0))):
         text = "xyz"[i] * len(logprobs)
         take(made, delta(text, i32(list(text.encode())), tuple(text), floats(*logprobs)), i)
-        end(made, Reason.LENGTH if i else Reason.STOP, i)
+        end(made, FinishReason.LENGTH if i else FinishReason.STOP, i)
     body = whole(made)
     details = body["details"]
     assert body["generated_text"] == "yy"

@@ -1,0 +1,197 @@
+"""Determines this process's endpoint and the server's topology, after meeting the other nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from asyncllm.actors.transport import CurveKeys, tcp
+from asyncllm.codec import protocol
+from asyncllm.config import Config, ResolvedConfig, roles
+from asyncllm.environment import use_interface
+from asyncllm.errors import StartupError
+from asyncllm.server import rendezvous
+from asyncllm.server.facts import facts
+from asyncllm.server.launch import NodeWires, ZmqAddresses
+from asyncllm.server.nodes import NodeJoin, NodeJoined, NodeLink, NodeMember, NodeRendezvous
+from asyncllm.server.secret import cluster_keys
+from asyncllm.topology import Contract, Topology
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class EndpointAssignment:
+    """The position in the server of the process that the user started.
+
+    Attributes:
+        endpoint: its number.
+        topology: with the addresses known so far; its own is where it must listen.
+        keys: the server's.
+        wires: where it and its children listen.
+        rendezvous: where torch.distributed's ranks meet; None for one rank.
+        store_fd: on rank 0 the listening socket of the rendezvous; -1 elsewhere.
+        lifeline: to the other nodes; None: there are none.
+        advertised: host by which they reach this one.
+    """
+
+    endpoint: int
+    topology: Topology
+    keys: CurveKeys
+    wires: ZmqAddresses | NodeWires
+    rendezvous: tuple[str, int] | None = None
+    store_fd: int = -1
+    lifeline: NodeLink | None = None
+    advertised: str = ""
+
+
+def take_seat(
+    config: Config, topology: Topology, stack: contextlib.ExitStack
+) -> EndpointAssignment:
+    """The seat on a server with one node.
+
+    Args:
+        stack: closes what must be closed.
+
+    Raises:
+        StartupError: a port cannot be used.
+    """
+    wires = ZmqAddresses(config.zmq_mode, alone=len(topology.endpoints) == 1)
+    stack.callback(wires.close)
+    first = topology.coordinator.id
+    topology = topology.at(first, wires.address(first))
+    seat = EndpointAssignment(endpoint=first, topology=topology, keys=CurveKeys.make(), wires=wires)
+    if len(topology.ranks) > 1:
+        _open_rendezvous(config, seat, stack)
+    return seat
+
+
+def find_seat(
+    config: Config,
+    resolved: ResolvedConfig,
+    model_dir: Path,
+    topology: Topology,
+    first_node: str | None,
+    stack: contextlib.ExitStack,
+) -> EndpointAssignment:
+    """The seat on one of several nodes: meets the others. Blocks until all are there.
+
+    Args:
+        topology: of the whole server.
+        first_node: host by which node 0 is reached; None: --nccl_host.
+        stack: closes what must be closed.
+
+    Raises:
+        StartupError: nodes do not join, do not match, or cannot be reached.
+    """
+    keys = cluster_keys(config)
+    use_interface(rendezvous.interface_to(_towards(config)))
+    leads = config.node_rank == 0
+    host = first_node or config.nccl_host
+    own = leads and first_node is None
+    bind = _own_address(config) if own else rendezvous.address_towards(config.nccl_host)
+    advertised = config.advertise_host or (host if leads else bind)
+    wires = NodeWires(bind, config.multinode_router_gloo_port, len(topology.ranks))
+    first = topology.on(config.node_rank)[0].id
+    seat = EndpointAssignment(
+        endpoint=first, topology=topology, keys=CurveKeys.make(), wires=wires, advertised=advertised
+    )
+    contract = Contract(protocol=protocol(), options=config.digest(), shared=config.shared())
+    about = (*facts(config, resolved, model_dir), ("--check", "on" if config.check else "off"))
+    join = NodeJoin(node=config.node_rank, host=advertised, contract=contract, facts=about)
+    port = config.multinode_httpmanager_port
+    if leads:
+        seat.lifeline = line = NodeRendezvous(
+            join, (bind, port), keys[0], config.nnodes, config.dead_after
+        )
+        stack.callback(line.close)
+        _open_rendezvous(config, seat, stack)
+        assert seat.rendezvous is not None
+        log.info("waiting for %d other nodes at %s:%d", config.nnodes - 1, advertised, port)
+        for other in line.gather(config.node_timeout):
+            seat.topology = _reached_at(seat.topology, other, config.multinode_router_gloo_port)
+        joined = NodeJoined(
+            topology=seat.topology,
+            store_port=seat.rendezvous[1],
+            public=seat.keys.public,
+            secret=seat.keys.secret,
+        )
+        line.place(joined)
+    else:
+        log.info("joining node 0 at %s:%d", host, port)
+        member = NodeMember(join, host, port, keys, config.dead_after)
+        seat.lifeline = member
+        stack.callback(member.close)
+        _take(seat, member.join(config.node_timeout), config, host)
+    seat.topology = seat.topology.at(first, wires.address(first))
+    return seat
+
+
+def _take(seat: EndpointAssignment, joined: NodeJoined, config: Config, host: str) -> None:
+    """Apply the values that node 0, at ``host``, has sent."""
+    seat.keys = CurveKeys(joined.public, joined.secret)
+    seat.rendezvous = config.nccl_host, joined.store_port
+    leader = joined.topology.coordinator.id
+    address = tcp(host, config.multinode_router_gloo_port + leader)
+    seat.topology = joined.topology.at(leader, address)
+
+
+def _reached_at(topology: Topology, join: NodeJoin, port: int) -> Topology:
+    """``topology`` with the addresses of a node's ranks; ``port``: rank 0's."""
+    for rank in topology.on(join.node):
+        topology = topology.at(rank.id, tcp(join.host, port + rank.id))
+    return topology
+
+
+def _towards(config: Config) -> str:
+    """The host used to find the network interface of the nodes.
+
+    That is node 0; on node 0 itself, if --nccl_host means all of its addresses, the advertised one.
+    """
+    found = _address(config.nccl_host) if config.node_rank == 0 and config.nnodes > 1 else ""
+    if found and _stands_for_all(found) and config.advertise_host:
+        return config.advertise_host
+    return config.nccl_host
+
+
+def _address(host: str) -> str:
+    """Resolve a host to an address."""
+    try:
+        found = socket.getaddrinfo(host, 1, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise StartupError(f"{host} has no address: {error.strerror} (--nccl_host)") from None
+    return str(found[4][0])
+
+
+def _stands_for_all(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_unspecified
+
+
+def _own_address(config: Config) -> str:
+    """Where node 0 listens: --nccl_host as an address."""
+    host = config.nccl_host
+    address = _address(host)
+    if _stands_for_all(address) and not config.advertise_host:
+        raise StartupError(
+            f"--nccl_host {host} means every address of this machine: specify the one by which the "
+            "other nodes reach it (--advertise_host)"
+        )
+    return address
+
+
+def _open_rendezvous(config: Config, seat: EndpointAssignment, stack: contextlib.ExitStack) -> None:
+    """Open the rendezvous of the ranks: here, or at the config_server, which already listens."""
+    if roles.meets_at_config_server(config):
+        seat.rendezvous = config.nccl_host, config.nccl_port
+        use_interface(rendezvous.interface_to(config.nccl_host))
+        return
+    meets = stack.enter_context(rendezvous.listen(config))
+    host, port = meets.getsockname()[:2]
+    seat.rendezvous = str(host), int(port)
+    use_interface(rendezvous.interface_to(_towards(config)))
+    seat.store_fd = os.dup(meets.fileno())  # torch closes the socket that it gets
