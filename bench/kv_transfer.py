@@ -33,7 +33,8 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from asyncllm.actors.kv_receiver import KvListener, KvReceiver
+from asyncllm.actors.kv_listener import KvListener
+from asyncllm.actors.kv_receiver import KvReceiver
 from asyncllm.actors.kv_sender import KvSender
 from asyncllm.actors.kv_thread import KvShard, TransferThread
 from asyncllm.actors.transport import CurveKeys
@@ -248,7 +249,7 @@ def measure(
                     wire=side.wire,
                 )  # fmt: skip
                 mover.put([ExportKv(epoch, to), *chunks(args, epoch, tokens), StepFinished(1)])
-                ended = child.hear(f"Arrived {epoch}")
+                ended = child.hear(f"KvArrived {epoch}")
                 took.append(perf_counter() - begin)
                 cpu, cpu_there = cpu + process_time() - here, cpu_there + float(ended) - there
                 mover.put([CancelTransfer(epoch)])

@@ -92,7 +92,7 @@ def test_what_could_not_be_encoded_leaves_nothing_behind() -> None:
 
 
 def test_a_taken_tag_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"tag 38 is taken by Gone"):
+    with pytest.raises(ValueError, match=r"tag 38 is taken by EndpointGone"):
         message(38)(type("Other", (), {}))
     assert decode(encode(EndpointGone(2))) == EndpointGone(2)
 

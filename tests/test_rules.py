@@ -715,7 +715,7 @@ def test_a_rule_catches(rule: Callable[[Module], Iterator[str]], path: str, text
 GOOD: list[tuple[str, str]] = [
     ("core/x.py", "from asyncllm.errors import RequestError\nfrom . import request\nimport re"),
     ("api/tgi/x.py", "from asyncllm import __version__\nfrom asyncllm.api.lightllm import request"),
-    ("api/parsing/x.py", "from asyncllm.core.request import Reason\nfrom . import scanner"),
+    ("api/parsing/x.py", "from asyncllm.core.request import FinishReason\nfrom . import scanner"),
     ("kernels/x.py", "import torch, triton\nfrom . import y\ndef x_ref(a):\n    return a"),
     ("models/x.py", "from asyncllm.kernels import x\nimport torch\nclass A:\n    pass"),
     ("actors/x.py", "import asyncio, zmq\nfrom asyncllm.api import openai\nawait_ = asyncio.sleep"),

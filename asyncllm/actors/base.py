@@ -95,8 +95,8 @@ class Actor(Generic[M]):
     def possible(self, msg: M) -> bool:
         """Whether a message from another process is plausible; otherwise it is dropped.
 
-        Called for types in ``remote``, and for ``PeerMessage`` from other servers, after their fields
-        have been checked; this is for checks that need the receiver's state.
+        Called for types in ``remote``, and for ``PeerMessage`` from other servers, after their
+        fields have been checked; this is for checks that need the receiver's state.
         """
         return True
 

@@ -1,8 +1,8 @@
 """The channel between the servers of a cluster: connects them and carries their frames.
 
 Each server has one end, in one of its processes. It listens, connects to others, or both; two
-connected ends are peers, and know each other's :class:`PeerInfo`. Knows frames and peers; knows neither
-actors nor the contents of messages.
+connected ends are peers, and know each other's :class:`PeerInfo`. Knows frames and peers; knows
+neither actors nor the contents of messages.
 """
 
 from __future__ import annotations

@@ -270,7 +270,7 @@ class Frontend(Actor[Inbox]):
         self._say_drained()
 
     def count(self, route: str, status: int, reason: str = "") -> None:
-        """Report an answer without generation to the watchdog; ``reason``: as in ``AnsweredRequest``."""
+        """Report an answer without generation; ``reason``: see ``AnsweredRequest``."""
         self._tell_answered(AnsweredRequest(route, status, 0, 0, reason, -1.0, -1.0, 0.0))
 
     def _count_exchange(self, route: str, status: int, exchange: Exchange) -> None:

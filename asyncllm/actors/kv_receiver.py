@@ -19,6 +19,7 @@ from math import inf
 import torch
 import zmq
 
+from asyncllm.actors.kv_listener import KvListener
 from asyncllm.actors.kv_thread import (
     IDLE_MS,
     SOON_MS,
@@ -26,9 +27,8 @@ from asyncllm.actors.kv_thread import (
     KvShard,
     TransferThread,
     TransferTimeouts,
-    bounds,
 )
-from asyncllm.actors.transport import CurveKeys, Socket, ipv6, protected, tcp
+from asyncllm.actors.transport import Socket
 from asyncllm.codec import CodecError, Message, decode
 from asyncllm.core.kv_transfer_state import ImportTable, OpenImport, ProtocolViolation
 from asyncllm.engine.kv_pages import PageBuffers, SliceSet
@@ -129,41 +129,6 @@ class _SenderConnection:
 
     def nbytes(self, portion: _IncomingPage) -> int:
         return portion.count * self.strips.width
-
-
-class KvListener:
-    """The listening socket of a rank; created first, so that a busy port fails the start early.
-
-    Args:
-        keys: of the cluster.
-        host, port: an address of this machine; port 0: any.
-
-    Attributes:
-        port: which it is.
-
-    Raises:
-        zmq.ZMQError: it cannot listen there.
-    """
-
-    def __init__(self, keys: CurveKeys, host: str, port: int) -> None:
-        self.ctx: zmq.Context[Socket] = zmq.Context()
-        self.sock = self.ctx.socket(zmq.ROUTER)
-        self.sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        address = tcp(host, port or "*")
-        bounds(self.sock)
-        self.sock.setsockopt(zmq.IPV6, ipv6(address))
-        self.strangers = protected(self.sock, keys)
-        try:
-            self.sock.bind(address)
-        except zmq.ZMQError:
-            self.close()
-            raise
-        self.port = int(self.sock.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
-
-    def close(self) -> None:
-        """Stop listening."""
-        self.strangers.close()
-        self.ctx.destroy(0)
 
 
 class KvReceiver(TransferThread):

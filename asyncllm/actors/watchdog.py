@@ -142,7 +142,7 @@ class WatchdogConfig:
 class WatchdogHooks:
     """How a watchdog acts on the outside world; tests replace these functions.
 
-    ``beat``, ``last_beat`` and ``note`` are those of a ``Heartbeats``; unused with only one process.
+    ``beat``, ``last_beat`` and ``note`` are those of ``Heartbeats``; unused with only one process.
     ``others`` returns foreign frames and strangers of the node's other processes.
     """
 
@@ -389,10 +389,9 @@ class Watchdog(Actor[Inbox]):
         living, every = len(left.groups), len(left.groups) + len(left.lost)
         log.error("group %d is lost: %s; %d of %d groups serve", group, why, living, every)
         leader = topology.leader(group).id
+        end = ServerLost(f"its group is lost: {why}")
         for rank in topology.group(group):
-            system.ref("watchdog", rank.id).tell(
-                ServerLost(f"its group is lost: {why}"), urgent=True
-            )
+            system.ref("watchdog", rank.id).tell(end, urgent=True)
             self._means.kill(rank.id)
             self._heard.pop(rank.id, None)
         system.join(left)

@@ -1,7 +1,7 @@
 """What of which request is still to be sent, on a rank of a prefill node, and what has come and is
 still to come, on one of a decode node.
 
-Only what is written in an :class:`ImportTable` says which slots may be written: of an epoch that is not
+Only what is in an :class:`ImportTable` says which slots may be written: of an epoch that is not
 there, none. Knows positions and slots; knows neither sockets nor bytes nor when anything is sent.
 """
 

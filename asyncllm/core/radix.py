@@ -17,9 +17,9 @@ class RadixNode:
 
     ``locks`` counts the holders of this node and of all nodes below it: a lock covers the whole
     path to the root, so an unlocked node has no locked descendant. ``member`` is a lane whose slots
-    path to the root, so an unlocked node has no locked descendant. ``member`` is a lane whose slots
     are those of this node and of all nodes above; -1: there is none, or it is not tracked
-    (``core/shared_prefixes.py``). ``sliding``, ``ends``, ``readers``, ``seen`` are for trees with sliding
+    (``core/shared_prefixes.py``). ``sliding``, ``ends``, ``readers`` and ``seen`` are for trees
+    with sliding slots.
     """
 
     __slots__ = (

@@ -1,7 +1,7 @@
 """Decides what runs in the next step: queue order, budgets, phases.
 
-Knows requests, lanes and counts of tokens (see :mod:`asyncllm.core.request_lifecycle`); knows neither slots'
-contents nor tensors, actors, text.
+Knows requests, lanes and counts of tokens (see :mod:`asyncllm.core.request_lifecycle`); knows
+neither slots' contents nor tensors, actors, text.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ class SchedulerCore(DraftScheduler):
         return emitted
 
     def jobs(self, most: int, busy: bool) -> list[Job]:
-        """Work of constraints for a thread, see ``MaskWorkQueue.take``; its results go to :meth:`worked`."""
+        """Work of constraints for a thread, see ``MaskWorkQueue.take``."""
         ahead = 0 if self.speculation is None else self.speculation.ahead(len(self.running))
         return self._line.take(most, busy, ahead)
 

@@ -2,8 +2,9 @@
 
 Such a request is two requests, one on the prefill node and one on the decode node, each with its
 own rid there; ``epoch`` is that of the decode node. A *ticket* is the master's number of an
-attempt, never reused; a node maps it to its rids. ``BeginDecode``, ``Abort``, ``StopHit``, ``Tokens`` and
-``Finished`` are also sent between master and node, with the ticket in place of the rid.
+attempt, never reused; a node maps it to its rids. ``BeginDecode``, ``Abort``, ``StopHit``,
+``Tokens`` and ``Finished`` are also sent between master and node, with the ticket in place of the
+rid.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ class ImportKv(Message):
     """scheduler -> kv_transfer of every rank of the group: K/V of this request will arrive.
 
     From now on kv_transfer may write data of this epoch (the rid), and nothing else, to these
-    slots. Each rank answers exactly once: ``KvArrived`` when it has everything, ``TransferFailed`` when it
-    will get no more, because of a failure or of ``CancelTransfer``. After its answer it writes no more.
+    slots. Each rank answers exactly once: ``KvArrived`` when it has everything, ``TransferFailed``
+    when it will get no more, because of a failure or of ``CancelTransfer``. After its answer it
+    writes no more.
     """
 
     rid: int
@@ -89,10 +91,10 @@ class ExportKv(Message):
 class KvComputed(Message):
     """scheduler -> kv_transfer of every rank of the group: send these K/V.
 
-    They are ready when the runner of the process has sent ``StepFinished`` of ``step`` or of a later
+    They are ready when the runner of the process has sent ``StepFinished`` of ``step`` or a later
     one, which may have been long ago (prefix hits carry the last step that was launched then). The
-    slots must not change until every rank has answered ``KvSent``. Positions ascend without gaps from
-    ``to.hit`` on, across preemptions too. An unknown rid is answered at once.
+    slots must not change until every rank has answered ``KvSent``. Positions ascend without gaps
+    from ``to.hit`` on, across preemptions too. An unknown rid is answered at once.
     """
 
     rid: int
@@ -114,8 +116,8 @@ class KvComputed(Message):
 class CancelTransfer(Message):
     """scheduler -> kv_transfer of every rank of the group, urgent: cancel this import or export.
 
-    An unanswered import is answered by ``TransferFailed``, every open ``KvComputed`` by ``KvSent``, as soon as
-    nothing touches the slots any more. Unknown rids are ignored.
+    An unanswered import is answered by ``TransferFailed``, every open ``KvComputed`` by ``KvSent``,
+    as soon as nothing touches the slots any more. Unknown rids are ignored.
     """
 
     rid: int

@@ -66,7 +66,7 @@ class Submit(Message):
     client: int = 0  # this and the next one as in Tokenize
     request_id: str = ""
     outputs: array[int] = field(default_factory=int32s)
-    # K/V of prompt and outputs, and the token after them (``BeginDecode``), come from another server
+    # K/V of prompt and outputs, and the token after them (``BeginDecode``), come from elsewhere
     imports: bool = False
     # it ends with reason MOVED after one new token; K/V of prompt and outputs are sent there
     exports: KvDestination | None = None

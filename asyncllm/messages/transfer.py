@@ -1,11 +1,11 @@
 """Messages between two ranks that transfer K/V: a prefill rank (sender), a decode rank (taker).
 
-Two ranks stay connected for as long as they transfer. The sender connects and sends ``SenderHello``; it
-announces its data in portions (``PageAnnounced``), and sends each when the taker has room and asks for it
-(``PullPage``). With p2p nothing is asked for: a portion is fetched after the sender has copied it into
-one of its pages (``PageFilled``), and the page's stamp, read after it, tells whether the page held it
-throughout. So neither side can make the other buffer an unbounded amount.
-Portions are numbered by the sender; numbers are never reused in a connection.
+Two ranks stay connected for as long as they transfer. The sender connects and sends
+``SenderHello``; it announces its data in portions (``PageAnnounced``), and sends each when the
+taker has room and asks for it (``PullPage``). With p2p nothing is asked for: a portion is fetched
+after the sender has copied it into one of its pages (``PageFilled``), and the page's stamp, read
+after it, tells whether the page held it throughout. So neither side can make the other buffer an
+unbounded amount. Portions are numbered by the sender; numbers are never reused in a connection.
 """
 
 from __future__ import annotations

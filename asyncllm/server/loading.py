@@ -16,11 +16,11 @@ from typing import cast
 import torch
 
 from asyncllm import log, templates
-from asyncllm.actors.kv_receiver import KvListener
+from asyncllm.actors.kv_listener import KvListener
 from asyncllm.api.common.chat_template import USED
 from asyncllm.api.parsing import reasoning, tools
 from asyncllm.api.parsing.output_parser import Dialect, dialect_of
-from asyncllm.config import Config, quantisation
+from asyncllm.config import Config, ResolvedConfig, quantisation
 from asyncllm.constrain.factory import ConstraintFactory, unconstrained
 from asyncllm.constrain.llguidance_backend import GrammarEngine
 from asyncllm.constrain.reasoning import ReasoningMarks
@@ -178,14 +178,7 @@ def load_endpoint(
         plan = replace(plan, num=PerSpace(*map(ranks.minimum, plan.num)))
     resolved = boot.resolved.with_slots(plan.num.full)
     if boot.coordinates:
-        for note in resolved.notes[len(boot.resolved.notes) :]:
-            logger.info("%s", note)
-        for note in rope_notes(spec, resolved.max_req_total_len):
-            logger.info("%s", note)
-        logger.info("%s", plan.text(resolved.max_req_total_len))
-        logger.info("%s", plan.linears.text(resolved.dtype))
-        for line in plan.linears.warnings(resolved.dtype):
-            logger.warning("%s", line)
+        _log_plan(boot, spec, resolved, plan)
     boot = replace(boot, resolved=resolved)
     device, times = _load_device(boot, spec, ranks, where, plan, ahead)
     return replace(
@@ -199,6 +192,19 @@ def load_endpoint(
         linears=plan.linears.counts(resolved.dtype),
         door=door,
     )
+
+
+def _log_plan(boot: Boot, spec: ModelSpec, resolved: ResolvedConfig, plan: MemoryPlan) -> None:
+    """Log what is known only now, once for the whole server."""
+    for note in (
+        *resolved.notes[len(boot.resolved.notes) :],
+        *rope_notes(spec, resolved.max_req_total_len),
+        plan.text(resolved.max_req_total_len),
+        plan.linears.text(resolved.dtype),
+    ):
+        logger.info("%s", note)
+    for line in plan.linears.warnings(resolved.dtype):
+        logger.warning("%s", line)
 
 
 def load_forms(loaded: Loaded) -> None:

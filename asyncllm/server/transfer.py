@@ -13,7 +13,8 @@ from functools import cache
 import torch
 import zmq
 
-from asyncllm.actors.kv_receiver import KvListener, KvReceiver
+from asyncllm.actors.kv_listener import KvListener
+from asyncllm.actors.kv_receiver import KvReceiver
 from asyncllm.actors.kv_sender import KvSender
 from asyncllm.actors.kv_thread import KvShard
 from asyncllm.actors.kv_transfer import KvTransfer

@@ -631,7 +631,7 @@ class World:
         if key[0] == "scheduler":
             self.scheduler.receive(batch)
         elif key[0] == "allocator":
-            self.reserves += sum(type(msg).__name__ == "Reserve" for msg in batch)
+            self.reserves += sum(type(msg).__name__ == "ReserveSlots" for msg in batch)
             self.allocator.receive(batch)
         elif key[0] == "runner":
             self.pending.extend(self.device.launch(plan) for plan in batch)

@@ -9,7 +9,8 @@ from time import monotonic
 
 import torch
 
-from asyncllm.actors.kv_receiver import KvListener, KvReceiver
+from asyncllm.actors.kv_listener import KvListener
+from asyncllm.actors.kv_receiver import KvReceiver
 from asyncllm.actors.kv_sender import KvSender
 from asyncllm.actors.kv_thread import KvShard, TransferThread, TransferTimeouts
 from asyncllm.actors.transport import CurveKeys

@@ -310,8 +310,8 @@ def test_with_several_groups_a_grammar_must_be_ready_in_all_of_them(
     if fails in (-1, "lost"):
         follows, submits = [("detokenizer", "OpenTextStream")] * 2, [("balancer", "Submit")] * 2
         assert sorted(told) == sorted(
-            [("balancer", "Compile"), *follows, *submits, ("frontend", "Accepted")]
+            [("balancer", "CompileGrammar"), *follows, *submits, ("frontend", "Accepted")]
         )
     else:
-        assert told == [("balancer", "Compile"), ("frontend", "Finished")]
+        assert told == [("balancer", "CompileGrammar"), ("frontend", "Finished")]
         assert log[-1][1].failure == Failure("no such thing")

@@ -12,9 +12,7 @@ from asyncllm.actors.heartbeats import PLACES, Heartbeats
 def test_another_process_sees_it() -> None:
     fd = Heartbeats.create()
     pulse = Heartbeats(fd)
-    source = (
-        f"from asyncllm.actors.heartbeats import Pulse; p = Pulse({fd}); p.beat(7, p.last(1) + 0.5)"
-    )
+    source = f"from asyncllm.actors.heartbeats import Heartbeats; p = Heartbeats({fd}); p.beat(7, p.last(1) + 0.5)"
     pulse.beat(1, 3.25)
     assert pulse.last(7) == 0.0
     subprocess.run([sys.executable, "-c", source], pass_fds=[fd], check=True, timeout=60)

@@ -168,7 +168,7 @@ def test_slots_given_to_others_are_out_of_reach_of_a_stopped_sender(
     rig.until(lambda: rig.arrived(78))
     assert rig.matches(ALL, ALL)
     child.go_on()
-    child.hear("told Sent 5", lambda: rig.turns(1))
+    child.hear("told KvSent 5", lambda: rig.turns(1))
     rig.turns(50)
     assert rig.matches(ALL, ALL)
     assert not rig.arrived(77)
@@ -202,8 +202,8 @@ def test_a_stopped_taker_does_not_take_what_its_sender_has_for_others(
     said = child.hear("told", lambda: rig.turns(1))
     child.tell("slots")
     # a communicator may have had the page on its way; it is not free before that is over. It may
-    # have been written when its sender's end is heard of: slots are free after "Lapsed", not before.
-    # What was fetched too late is in them then, and nobody reads them
-    after = {"Lapsed 77": (before, announced), "Arrived 77": (announced,)}
+    # have been written when its sender's end is heard of: slots are free after "TransferFailed",
+    # not before. What was fetched too late is in them then, and nobody reads them
+    after = {"TransferFailed 77": (before, announced), "KvArrived 77": (announced,)}
     found = child.hear("slots")
-    assert found in after[said] or (said, fetches(rig)) == ("Lapsed 77", True)
+    assert found in after[said] or (said, fetches(rig)) == ("TransferFailed 77", True)

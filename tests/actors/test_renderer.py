@@ -135,8 +135,8 @@ def test_an_idle_helper_takes_no_part_in_a_stop() -> None:
 
 def test_the_helper_dies_with_its_parent() -> None:
     source = (
-        "import sys, time; from asyncllm.templates import Chats, Helper;"
-        "h = Helper(Chats({'default': sys.argv[1]}, {}));"
+        "import sys, time; from asyncllm.templates import TemplateHelper, TemplateSet;"
+        "h = TemplateHelper(TemplateSet({'default': sys.argv[1]}, {}));"
         "h.sock.sendall(h.first); print(h.process.pid, flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", source, "{{ 9 ** (9 ** 9) }}"]

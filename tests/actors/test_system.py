@@ -169,7 +169,7 @@ def test_a_message_for_a_name_that_is_gone_is_counted_and_logged(
         return system.dead_letters
 
     assert run(go()) == 1
-    assert "dead letter for nobody: Gone" in caplog.text
+    assert "dead letter for nobody: EndpointGone" in caplog.text
 
 
 def test_a_vital_crash_ends_the_system_with_its_cause() -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from asyncllm.actors.kv_receiver import KvListener
+from asyncllm.actors.kv_listener import KvListener
 from asyncllm.config import Config, resolve_limits
 from asyncllm.core.windows import Window
 from asyncllm.engine.kv_transports import AUTO, MODES, TCP, make_ways
