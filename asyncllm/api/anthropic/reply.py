@@ -76,7 +76,7 @@ class MessageReply(ContentBlockReply):
         kind, key = DELTAS[block.kind]
         event = {"type": "content_block_delta", "index": block.index}
         delta = event | {"delta": {"type": kind, key: sse.MARK}}
-        self._delta = sse.ChunkTemplate(delta, _head("content_block_delta"))
+        self._delta = sse.ChunkTemplate(delta, sse.head("content_block_delta"))
         empty = self._block(block, empty=True)
         return _event({"type": "content_block_start", "index": block.index, "content_block": empty})
 
@@ -172,9 +172,5 @@ def _reason(choice: Choice) -> tuple[str, str | None]:
     return ("stop_sequence", choice.stop) if choice.stop else ("end_turn", None)
 
 
-def _head(kind: str) -> bytes:
-    return b"event: " + kind.encode() + b"\ndata: "
-
-
 def _event(value: dict[str, Any]) -> bytes:
-    return sse.event(value, _head(value["type"]))
+    return sse.event(value, sse.head(value["type"]))

@@ -217,20 +217,25 @@ class Answer:
 class Reply(Protocol):
     """Renders an answer in one protocol. Streams are bytes of server-sent events."""
 
+    answer: Answer
+
     def opening(self) -> bytes:
         """The events right after the headers."""
+        return b""
 
     def piece(self, choice: Choice, piece: TextDelta) -> bytes:
         """Events for new tokens, which ``choice`` has taken already."""
 
     def flush_held(self) -> bytes:
         """Events that :meth:`piece` held back, if its choice goes on."""
+        return b""
 
     def end(self, choice: Choice) -> bytes:
         """Events for the end of a choice, whose ``reason`` is set."""
 
     def closing(self) -> bytes:
         """Events for the end of the stream."""
+        return b""
 
     def error(self, error: RequestError) -> bytes:
         """Events for a failure after the headers; nothing follows."""

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import chain
+from typing import Literal, Protocol
 
-from asyncllm.api.common.answer import Answer, Choice
+from asyncllm.api.common.answer import Answer, Choice, Reply
 from asyncllm.api.parsing.events import Arguments, CallEnd, CallStart, Content, Event, Reasoning
 from asyncllm.messages import TextDelta
 
@@ -86,8 +87,10 @@ class BlockBuilder:
         return "more", self._open, text
 
 
-class ContentBlockReply:
+class ContentBlockReply(Reply, Protocol):
     """A reply with one choice, sent block by block; subclasses render the blocks."""
+
+    blocks: BlockBuilder
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
@@ -95,25 +98,18 @@ class ContentBlockReply:
 
     def block_start(self, block: ContentBlock) -> bytes:
         """Events for the start of a block."""
-        raise NotImplementedError
 
     def block_delta(self, block: ContentBlock, text: str) -> bytes:
         """Events for more text of a block."""
-        raise NotImplementedError
 
     def block_stop(self, block: ContentBlock) -> bytes:
         """Events for the end of a block."""
-        raise NotImplementedError
 
     def piece(self, choice: Choice, piece: TextDelta) -> bytes:
         """Events for what has been found in new text."""
         if choice.output is not None:
             return self._tell(self.blocks.add(choice.output.take_events()))
         return self._tell(self.blocks.add([Content(piece.text)])) if piece.text else b""
-
-    def flush_held(self) -> bytes:
-        """Nothing: nothing is held back."""
-        return b""
 
     def flush(self, choice: Choice) -> bytes:
         """Events for what was held back, and the end of the last block."""
@@ -127,9 +123,7 @@ class ContentBlockReply:
         else:
             found = [Content(choice.text)] if choice.text else []
         self.blocks = BlockBuilder()
-        for _ in self.blocks.add(found):
-            pass
-        for _ in self.blocks.end():
+        for _ in chain(self.blocks.add(found), self.blocks.end()):
             pass
         return self.blocks.all
 

@@ -13,8 +13,9 @@ from typing import Annotated, Final, Literal, Self
 from annotated_types import MinLen
 from pydantic import model_validator
 
-from asyncllm.api.common.request_model import RequestModel, refuse
+from asyncllm.api.common.request_model import RequestModel, UnicodeStr, refuse
 from asyncllm.api.common.response_format import GrammarText
+from asyncllm.api.common.tool_request import ToolName
 from asyncllm.api.parsing.events import Tool
 
 # escapes, classes, and other text of a regular expression
@@ -48,8 +49,24 @@ def _closes_more_than_it_opens(expression: str) -> bool:
     return min(depths, default=0) < 0
 
 
-def as_function(name: str, description: str, grammar: InputGrammar | None) -> Tool:
-    """A function of one argument, which fits ``grammar`` in every call."""
+class FreeTextFields(RequestModel):
+    """What all routes say of such a tool, which may have a ``grammar``."""
+
+    name: ToolName
+    description: UnicodeStr = ""
+
+    @property
+    def grammar(self) -> InputGrammar | None:
+        """What the text is to fit."""
+        return None
+
+    @property
+    def tool(self) -> Tool:
+        """A function of one argument, which fits the grammar in every call."""
+        return _as_function(self.name, self.description, self.grammar)
+
+
+def _as_function(name: str, description: str, grammar: InputGrammar | None) -> Tool:
     lines, inner, lark = [description], {"type": "string"}, ""
     if grammar is not None and grammar.syntax == "regex":
         inner["pattern"] = f"^(?:{grammar.definition})$"

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Final, Literal, Self
 
-from pydantic import AfterValidator, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, Field, PlainValidator, field_validator, model_validator
 
 from asyncllm.api.common.request_model import (
     AnyObject,
@@ -28,6 +28,7 @@ MAX_CHOICES: Final = 1024
 
 Grammar = tuple[str, str]  # kind, text: see SamplingParams.grammar
 JSON: Final[Grammar] = ("json", "")  # any JSON object
+_EMPTY: Final = "is empty; leave it out if nothing is to constrain the output"
 _SCHEMA: Final = "a JSON schema: an object, or a string of one"
 
 
@@ -115,6 +116,13 @@ def choice(texts: Sequence[str]) -> Grammar | None:
     return ("choice", json.dumps(texts, ensure_ascii=False)) if texts else None
 
 
+def not_empty(value: object) -> object:
+    """For validators: an empty constraint would mean that nothing may come, or anything."""
+    if value in ("", []):
+        refuse(f" {_EMPTY}")
+    return value
+
+
 class StructuredOutputs(RequestModel):
     """vLLM's: one of its keys gives the output's form."""
 
@@ -128,6 +136,16 @@ class StructuredOutputs(RequestModel):
     regex: GrammarText = Field("", description="a regular expression")
     choice: Choices = Field(default_factory=list, description="a list of strings")
     grammar: GrammarText = Field("", description="rules in EBNF")
+
+    _not_empty = field_validator("json_schema", "regex", "choice", "grammar", mode="before")(
+        not_empty
+    )
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if not (self.json_schema or self.json_object or self.regex or self.choice or self.grammar):
+            refuse(f" {_EMPTY}")
+        return self
 
     def form(self, name: str) -> Grammar | None:
         """The one that is given. Raises RequestError where there are several."""

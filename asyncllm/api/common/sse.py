@@ -27,6 +27,11 @@ def body(value: object) -> bytes:
     return dumps(value).encode("utf-8", "replace")
 
 
+def head(name: str) -> bytes:
+    """What goes before the JSON of an event with a name."""
+    return b"event: " + name.encode() + b"\ndata: "
+
+
 def event(value: object, head: bytes = b"data: ") -> bytes:
     """One event; ``head`` without the space for LightLLM's native stream."""
     return head + body(value) + b"\n\n"

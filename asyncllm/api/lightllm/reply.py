@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from asyncllm.api.common import sse
-from asyncllm.api.common.answer import REASONS, Answer, Choice, finite
+from asyncllm.api.common.answer import REASONS, Answer, Choice, Reply, finite
 from asyncllm.errors import RequestError
 from asyncllm.messages import TextDelta
 
@@ -18,7 +18,7 @@ TOKEN: Final = ("id", "text", "logprob", "special", "count_output_tokens")
 NO_TOKEN: Final = -1  # id in a last event that brings no token
 
 
-class NativeReply:
+class NativeReply(Reply):
     """/generate and /generate_stream."""
 
     def __init__(self, answer: Answer) -> None:
@@ -27,10 +27,6 @@ class NativeReply:
         self._held: tuple[int | None, str] | None = None
         self._template: sse.ChunkTemplate | None = None
         self._told_prompt = answer.generation.params.prompt_logprobs < 0
-
-    def opening(self) -> bytes:
-        """Nothing."""
-        return b""
 
     def piece(self, choice: Choice, piece: TextDelta) -> bytes:
         """An event per token, the newest held back. The texts of the events are the whole text."""
@@ -64,10 +60,6 @@ class NativeReply:
         i, text = self._held or (None, "")
         self._held = None
         return self._event(choice, i, text)
-
-    def closing(self) -> bytes:
-        """Nothing: the last event said it."""
-        return b""
 
     def error(self, error: RequestError) -> bytes:
         """An error event."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from asyncllm.api.common import sse
-from asyncllm.api.common.answer import REASONS, Answer, Choice
+from asyncllm.api.common.answer import REASONS, Answer, Choice, Reply
 from asyncllm.errors import RequestError
 from asyncllm.messages import TextDelta
 
 
-class OpenAIReply:
+class OpenAIReply(Reply):
     """What both routes share: chunk framing, usage, the end of a stream."""
 
     kind = ""
@@ -21,10 +21,6 @@ class OpenAIReply:
         self._wants_logprobs = answer.generation.params.logprobs >= 0
         self._continuous = answer.generation.continuous_usage
         self._wants_ids = answer.generation.token_ids
-
-    def flush_held(self) -> bytes:
-        """Nothing is ever held back."""
-        return b""
 
     def closing(self) -> bytes:
         """The usage chunk if it was asked for, and the end mark."""

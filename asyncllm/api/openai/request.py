@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Final, Literal, TypedDict, TypeVar, Unpack
 
 from annotated_types import Len
-from pydantic import ConfigDict, Field, ValidationInfo
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.json_schema import JsonSchemaValue
 
 from asyncllm.api.common import prepare, response_format, tool_request
@@ -58,6 +58,7 @@ from asyncllm.api.common.response_format import (
     ResponseFormat,
     SchemaOrText,
     StructuredOutputs,
+    not_empty,
 )
 from asyncllm.api.common.sampling_fields import SamplingFields, Stop, Token
 from asyncllm.api.common.tool_request import MAX_TOOLS, MAX_TOOLS_CHARS, ToolRequest
@@ -92,11 +93,6 @@ EXTENSIONS: Final = (
     "logprob_token_ids", "add_special_tokens", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
     "max_thinking_tokens", "thinking_token_budget", "include_reasoning", "separate_reasoning", "stream_reasoning", "continuous_usage_stats",
 )  # fmt: skip
-# on LightLLM's own routes these are defaults, and mean none
-MAY_BE_EMPTY: Final = (
-    "guided_json", "guided_regex", "guided_grammar", "guided_choice", "allowed_token_ids",
-)  # fmt: skip
-STRUCTURED: Final = ("json", "regex", "choice", "grammar")
 R = TypeVar("R", bound="CommonRequest")
 PredictedContent = Annotated[
     UnicodeStr | Items[TextPart], TaggedUnion("a string or an array of parts")
@@ -196,6 +192,12 @@ class CommonRequest(SamplingFields):
     stream_options: StreamOptions | None = Field(
         None, description="{include_usage, continuous_usage_stats}"
     )
+
+    # on LightLLM's own routes empty ones are defaults, and mean none
+    _not_empty = field_validator(
+        "guided_json", "guided_regex", "guided_grammar", "guided_choice", "allowed_token_ids",
+        mode="before",
+    )(not_empty)  # fmt: skip
 
     def form(self) -> Grammar | None:
         """The output's form. Raises RequestError where there are several."""
@@ -415,21 +417,7 @@ def _thinking_limit(request: ChatRequest) -> int | None:
     return most
 
 
-def _refuse_empty(body: Body) -> None:
-    """Refuse constraints that are empty: they would mean that nothing may come, or anything."""
-    structured = body.get("structured_outputs")
-    inner = structured if isinstance(structured, dict) else {}
-    given = {name: body.get(name) for name in MAY_BE_EMPTY}
-    given |= {f"structured_outputs.{name}": inner.get(name) for name in STRUCTURED}
-    empty = [name for name, value in given.items() if value in ("", [])]
-    if structured == {} or (inner and not any(inner.values()) and not empty):
-        empty.append("structured_outputs")
-    if empty and not (empty == ["structured_outputs"] and inner.get("json") == {}):
-        reject(f"{empty[0]} is empty; leave it out if nothing is to constrain the output", empty[0])
-
-
 def _parse(model: type[R], body: Body, served: ServedModel) -> R:
-    _refuse_empty(body)
     request = parse(model, body, served).filled(served.defaults.sampling(body))
     if request.stream_options is not None and not request.stream:
         reject("stream_options needs stream: true", "stream_options")

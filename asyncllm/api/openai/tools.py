@@ -10,14 +10,13 @@ from typing import Annotated, Literal
 from annotated_types import MinLen
 from pydantic import AfterValidator, Field
 
-from asyncllm.api.common.custom_tool import InputGrammar, TextInput, as_function
+from asyncllm.api.common.custom_tool import FreeTextFields, InputGrammar, TextInput
 from asyncllm.api.common.request_model import Items, RequestModel, TaggedUnion, UnicodeStr
 from asyncllm.api.common.tool_request import (
     MAX_TOOLS,
     ChoiceMode,
     FunctionTool,
     ToolChoice,
-    ToolName,
     ToolRef,
     as_offered,
 )
@@ -38,17 +37,14 @@ class InnerGrammarInput(RequestModel):
     grammar: InputGrammar
 
 
-class CustomFunction(RequestModel):
+class CustomFunction(FreeTextFields):
     """What the model may call with free text."""
 
-    name: ToolName
-    description: UnicodeStr = ""
     format: Annotated[TextInput | InnerGrammarInput, TaggedUnion()] | None = None
 
     @property
-    def tool(self) -> Tool:
-        grammar = self.format.grammar if isinstance(self.format, InnerGrammarInput) else None
-        return as_function(self.name, self.description, grammar)
+    def grammar(self) -> InputGrammar | None:
+        return self.format.grammar if isinstance(self.format, InnerGrammarInput) else None
 
 
 class ChatCustomTool(RequestModel):

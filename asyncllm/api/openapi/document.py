@@ -219,11 +219,8 @@ def _operation(route: Route, method: str, secured: bool) -> dict[str, object]:
             {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
         ]
     if route.body:
-        content = {"application/json": {"schema": schemas.ref(route.body)}}
-        operation["requestBody"] = {"required": True, "content": content}
-    answers: dict[str, Any] = {}
-    if route.answer:
-        answers["application/json"] = {"schema": schemas.ref(route.answer)}
+        operation["requestBody"] = {"required": True, "content": _json(route.body)}
+    answers = _json(route.answer) if route.answer else {}
     if route.streams:
         answers["text/event-stream"] = {"schema": schemas.ref("Event")}
     if route.media:
@@ -241,8 +238,12 @@ def _operation(route: Route, method: str, secured: bool) -> dict[str, object]:
     guarded = secured and not route.open
     for status in sorted({*route.fails, 500, *((401,) if guarded else ())}):
         error = "Error" if status == 500 and route.error in {"Health", "Status"} else route.error
-        content = {"application/json": {"schema": schemas.ref(error)}}
-        operation["responses"][str(status)] = {"description": REASONS[status], "content": content}
+        told = {"description": REASONS[status], "content": _json(error)}
+        operation["responses"][str(status)] = told
     if secured and route.open:
         operation["security"] = []
     return operation
+
+
+def _json(schema: str) -> dict[str, Schema]:
+    return {"application/json": {"schema": schemas.ref(schema)}}

@@ -15,6 +15,7 @@ from asyncllm.api.parsing.events import Call, Content, Event, Reasoning
 from asyncllm.api.parsing.scanner import SPACE, IncrementalParser, Literals, Run
 from asyncllm.api.parsing.tools import deepseek
 from asyncllm.api.parsing.tools.base import ToolParser
+from asyncllm.api.parsing.tools.detect import without_comments
 from asyncllm.constrain.reasoning import ReasoningTags
 
 PromptState = Literal["open", "closed", "none"]
@@ -96,8 +97,7 @@ def detect_format(template: str) -> str | None:
 
     An end tag is enough: templates that leave reasoning out of earlier turns look for it.
     """
-    plain = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
-    plain = plain.replace("\\u2581", deepseek.SPACE).replace("\\uff5c", deepseek.BAR)
+    plain = without_comments(template)
     if "<|channel|>analysis" in plain:
         return "gpt-oss"
     if "[/THINK]" in plain:

@@ -98,18 +98,7 @@ Input = Annotated[
 ]
 
 
-AnyItem = (
-    SpeakerItem
-    | AssistantItem
-    | CallItem
-    | CustomCallItem
-    | ResultItem
-    | ReasoningItem
-    | CompactionItem
-)
-
-
-def input_messages(given: str | Sequence[AnyItem]) -> Messages:
+def input_messages(given: str | Sequence[Item]) -> Messages:
     """The new turns in template form. Raises RequestError (400)."""
     builder = ConversationBuilder()
     if isinstance(given, str):

@@ -63,7 +63,7 @@ class ResponseReply(ContentBlockReply):
         delta = {"type": kind, **_where(block), "item_id": self._id(block), "delta": sse.MARK}
         if block.kind is Content:
             delta["logprobs"] = sse.MARK
-        self._delta = sse.ChunkTemplate(delta | {"sequence_number": sse.MARK}, _head(kind))
+        self._delta = sse.ChunkTemplate(delta | {"sequence_number": sse.MARK}, sse.head(kind))
         item = self._item(block, "in_progress", empty=True)
         return self._event(
             "response.output_item.added", output_index=block.index, item=item
@@ -216,15 +216,11 @@ class ResponseReply(ContentBlockReply):
         return self._event(kind, item_id=self._id(block), **_where(block), part=part)
 
     def _event(self, kind: str, **more: object) -> bytes:
-        return sse.event({"type": kind, **more, "sequence_number": self._next()}, _head(kind))
+        return sse.event({"type": kind, **more, "sequence_number": self._next()}, sse.head(kind))
 
     def _next(self) -> int:
         self._number += 1
         return self._number - 1
-
-
-def _head(kind: str) -> bytes:
-    return b"event: " + kind.encode() + b"\ndata: "
 
 
 def _where(block: ContentBlock) -> dict[str, Any]:

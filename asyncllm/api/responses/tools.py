@@ -14,10 +14,10 @@ from annotated_types import MinLen
 from pydantic import WithJsonSchema
 
 from asyncllm.api.common import tool_request
-from asyncllm.api.common.custom_tool import InputGrammar, TextInput, as_function
+from asyncllm.api.common.custom_tool import FreeTextFields, InputGrammar, TextInput
 from asyncllm.api.common.errors import NotAvailable
 from asyncllm.api.common.request_model import Items, RequestModel, TaggedUnion, UnicodeStr
-from asyncllm.api.common.tool_request import ChoiceMode, FunctionTool, ToolChoice, ToolName, ToolRef
+from asyncllm.api.common.tool_request import ChoiceMode, FunctionTool, ToolChoice, ToolRef
 from asyncllm.api.common.validation import preview, reject
 from asyncllm.api.parsing.events import Tool
 
@@ -43,16 +43,13 @@ class GrammarInput(InputGrammar):
     type: Literal["grammar"]
 
 
-class FreeTextTool(RequestModel):
+class FreeTextTool(FreeTextFields):
     type: Literal["custom"]
-    name: ToolName
-    description: UnicodeStr = ""
     format: Annotated[TextInput | GrammarInput, TaggedUnion()] | None = None
 
     @property
-    def tool(self) -> Tool:
-        grammar = self.format if isinstance(self.format, GrammarInput) else None
-        return as_function(self.name, self.description, grammar)
+    def grammar(self) -> InputGrammar | None:
+        return self.format if isinstance(self.format, GrammarInput) else None
 
 
 class HostedTool(RequestModel):
@@ -72,7 +69,8 @@ class NamespaceTool(RequestModel):
     tools: Items[_InnerTool]
 
 
-FlatTools = Items[Annotated[FlatTool | FreeTextTool | NamespaceTool | HostedTool, _KNOWN]]
+_AnyTool = Annotated[FlatTool | FreeTextTool | NamespaceTool | HostedTool, _KNOWN]
+FlatTools = Items[_AnyTool]
 
 
 class FlatNamed(RequestModel):
@@ -143,9 +141,7 @@ class ResponsesTools:
         return ToolRef(min(fitting, key=lambda found: found[0])[1], wanted.custom)
 
 
-def responses_tools(
-    given: Sequence[FlatTool | FreeTextTool | NamespaceTool | HostedTool],
-) -> ResponsesTools:
+def responses_tools(given: Sequence[_AnyTool]) -> ResponsesTools:
     """Raises RequestError (400) where two have one name, or they are too long together."""
     by_name: dict[str, ClientTool] = {}
     made: list[Tool] = []
@@ -210,9 +206,7 @@ def echoed(given: dict[str, object]) -> dict[str, object]:
     }
 
 
-def _flat(
-    given: Sequence[FlatTool | FreeTextTool | NamespaceTool | HostedTool],
-) -> Iterator[tuple[str, FlatTool | FreeTextTool | HostedTool, str]]:
+def _flat(given: Sequence[_AnyTool]) -> Iterator[tuple[str, _InnerTool, str]]:
     """(place, tool, namespace) of each."""
     for i, each in enumerate(given):
         if not isinstance(each, NamespaceTool):

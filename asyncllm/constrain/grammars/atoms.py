@@ -37,8 +37,8 @@ class Const:
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    low: Bound = (-inf, False)
-    high: Bound = (inf, True)
+    low: Bound = (-inf, True)
+    high: Bound = (inf, False)
     integer: bool = False
     fractional: bool = False  # no integer
     excluded: frozenset[Fraction] = frozenset()

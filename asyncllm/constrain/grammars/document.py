@@ -44,7 +44,7 @@ class Document:
         told = root.get("$schema") if isinstance(root, dict) else None
         # up to draft 7 a $ref makes a $id beside it mean nothing
         self._alone = isinstance(told, str) and "/draft-0" in told
-        self._walk(root)
+        self._walk(root, "#", 0, True, "")
         self.root = self.number(root)
 
     def number(self, node: Json, parent: Json = None) -> int:
@@ -103,34 +103,25 @@ class Document:
                 self.fail(node, f"has the $ref {ref!r}, which points to nothing,")
         return found
 
-    def _walk(self, root: Json) -> None:
-        waiting: list[tuple[Json, str, int, bool, str]] = [(root, "#", 0, True, "")]
-        while waiting:
-            node, place, depth, is_schema, base = waiting.pop()
-            if depth > MAX_DEPTH:
-                raise RequestError(f"the JSON schema is nested more than {MAX_DEPTH} deep")
-            self._places[id(node)] = place
-            items: list[tuple[str, Json]] = []
-            if isinstance(node, dict):
-                if is_schema:
-                    base = self._identify(node, base)
-                self._bases[id(node)] = base
-                items = list(node.items())
-            elif isinstance(node, list):
-                items = [(str(i), item) for i, item in enumerate(node)]
-            for key, value in items:
-                if not isinstance(value, dict | list):
-                    continue
-                inner = not is_schema or isinstance(node, list) or key not in NAMED
-                if isinstance(node, list):
-                    inner = is_schema
-                # below "properties" keys are names; what "enum" holds are values
-                if is_schema and isinstance(node, dict) and key in VALUES:
-                    if _deep(value):
-                        raise RequestError(f"the JSON schema is nested more than {MAX_DEPTH} deep")
-                    continue
+    def _walk(self, node: Json, place: str, depth: int, is_schema: bool, base: str) -> None:
+        """Remember the places of all schemas; below "properties" keys are names."""
+        _check_depth(depth)
+        self._places[id(node)] = place
+        if isinstance(node, list):
+            for i, item in enumerate(node):
+                self._walk(item, f"{place}/{i}", depth + 1, is_schema, base)
+        if not isinstance(node, dict):
+            return
+        if is_schema:
+            base = self._identify(node, base)
+        self._bases[id(node)] = base
+        for key, value in node.items():
+            if is_schema and key in VALUES:
+                _check_values(value)
+            elif isinstance(value, dict | list):
                 step = key.replace("~", "~0").replace("/", "~1")
-                waiting.append((value, f"{place}/{step}", depth + 1, inner, base))
+                inner = not (is_schema and key in NAMED)
+                self._walk(value, f"{place}/{step}", depth + 1, inner, base)
 
     def _identify(self, node: JsonObject, base: str) -> str:
         """Remember the node's names; the base of addresses in it."""
@@ -157,14 +148,13 @@ class Document:
         return base
 
 
-def _deep(value: Json) -> bool:
-    """Nested more than MAX_DEPTH deep."""
-    waiting = [(value, 0)]
-    while waiting:
-        node, depth = waiting.pop()
-        if depth > MAX_DEPTH:
-            return True
-        if isinstance(node, dict | list):
-            inner = node.values() if isinstance(node, dict) else node
-            waiting += [(item, depth + 1) for item in inner if isinstance(item, dict | list)]
-    return False
+def _check_depth(depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise RequestError(f"the JSON schema is nested more than {MAX_DEPTH} deep")
+
+
+def _check_values(value: Json, depth: int = 0) -> None:
+    _check_depth(depth)
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_values(item, depth + 1)

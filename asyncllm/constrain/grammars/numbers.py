@@ -41,7 +41,7 @@ _ANY: Final = (
 
 def numbers(low: Bound, high: Bound, integer: bool) -> str:
     """A terminal of the numbers between two bounds."""
-    if not integer and high[0] == inf and low in ((-inf, False), (0, False)):
+    if not integer and high[0] == inf and low in ((-inf, True), (0, False)):
         return f"/{'' if low[0] == 0 else '-?'}{_ANY}/"
     found = []
     if high > (0, False):

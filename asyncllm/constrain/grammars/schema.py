@@ -188,34 +188,32 @@ class SchemaResolver:
             self.document.fail(node, f"has {word} {str(value)[:40]}, which is no count,")
         return int(number(value))
 
-    def _bound(self, node: JsonObject, word: str) -> Fraction | None:
+    def _bound(self, node: JsonObject, word: str, absent: float) -> Fraction | float:
         value = node.get(word)
         if value is None or isinstance(value, bool):
-            return None
+            return absent
         if kind_of(value) not in ("integer", "number"):
             self.document.fail(node, f"has {word} {str(value)[:40]!r}, which is no number,")
         return number(value)
 
     def _numeric(self, node: JsonObject, integer: bool, gone: Iterable[Json]) -> Atom | None:
         for word in ("multipleOf", "divisibleBy"):
-            step = self._bound(node, word)
+            step = self._bound(node, word, inf)
             integer = integer or step == 1
             # integers are multiples of what divides 1
-            if step is not None and not (integer and step > 0 and (1 / step).denominator == 1):
+            if step != inf and not (integer and step > 0 and Fraction(1 / step).denominator == 1):
                 self._refuse(node, word)
-        free = Number()
-        low, high = [free.low], [free.high]
-        if (least := self._bound(node, "minimum")) is not None:
-            low.append((least, node.get("exclusiveMinimum") is True))
-        if (below := self._bound(node, "exclusiveMinimum")) is not None:
-            low.append((below, True))
-        if (most := self._bound(node, "maximum")) is not None:
-            high.append((most, node.get("exclusiveMaximum") is not True))
-        if (above := self._bound(node, "exclusiveMaximum")) is not None:
-            high.append((above, False))
+        low = max(
+            (self._bound(node, "minimum", -inf), node.get("exclusiveMinimum") is True),
+            (self._bound(node, "exclusiveMinimum", -inf), True),
+        )
+        high = min(
+            (self._bound(node, "maximum", inf), node.get("exclusiveMaximum") is not True),
+            (self._bound(node, "exclusiveMaximum", inf), False),
+        )
         numbers = frozenset(number(v) for v in gone if kind_of(v) in ("integer", "number"))
-        told = Number(max(low), min(high), integer, negation.FRACTION in node, numbers)
-        return common(told, free)
+        told = Number(low, high, integer, negation.FRACTION in node, numbers)
+        return common(told, Number())
 
     def _string(self, node: JsonObject, gone: Iterable[Json]) -> Atom | None:
         forms = {StringForm("text", value, False) for value in gone if isinstance(value, str)}

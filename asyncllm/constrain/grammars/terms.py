@@ -115,7 +115,8 @@ def number_term(atom: Number) -> str:
     if atom.fractional:
         text += r" & ~/-?[0-9]+(?:\.0+)?/ & ~/.*[eE].*/"
     # a reader rounds to double precision, and must not round to what is out of bounds
-    near = (atom.low[1] and atom.low[0]) or (atom.high[0] and not atom.high[1])
+    ends = (atom.low[0], atom.low[1]), (atom.high[0], not atom.high[1])
+    near = any(is_open and value not in (0, inf, -inf) for value, is_open in ends)
     if not atom.integer and (near or atom.fractional or atom.excluded):
         text += r" & /-?[0-9]{1,9}(?:\.[0-9]{1,6})?/"
     for value in sorted(atom.excluded):

@@ -38,31 +38,36 @@ _TOOLS: Final = re.compile(r"(?<![\w.])tools(?!\w)")
 
 def detect_format(template: str) -> str | None:
     """The tool-call format a chat template shows its model, None if it shows none we know."""
-    plain = _COMMENT.sub("", template)
-    # DeepSeek's odd characters may be escaped
-    plain = plain.replace("\\u2581", deepseek.SPACE).replace("\\uff5c", deepseek.BAR)
+    plain = without_comments(template)
     for name, signs in _SIGNS:
         if all(sign in plain for sign in signs):
             return name
     return None
 
 
+def without_comments(template: str) -> str:
+    """A chat template's text and code, with DeepSeek's odd characters as they are."""
+    plain = _COMMENT.sub("", template)
+    return plain.replace("\\u2581", deepseek.SPACE).replace("\\uff5c", deepseek.BAR)
+
+
 def template_uses_tools(template: str) -> bool:
     """Does a chat template put ``tools`` into the prompt?"""
-    code = _CODE.findall(_COMMENT.sub("", template))
-    return any(_TOOLS.search(_QUOTED.sub("", part)) for part in code)
+    return any(_TOOLS.search(_QUOTED.sub("", part)) for part in _code(template))
 
 
 def tools_in_system(template: str) -> bool:
     """Does a chat template take tools as JSON text, beside the system message's content?"""
-    code = _CODE.findall(_COMMENT.sub("", template))
-    return any(_KEY.search(part) for part in code)
+    return any(map(_KEY.search, _code(template)))
 
 
 def template_tells_results(template: str) -> bool:
     """Does a chat template know turns of the role "tool"?"""
-    code = _CODE.findall(_COMMENT.sub("", template))
-    return any(_ROLE.search(part) for part in code)
+    return any(map(_ROLE.search, _code(template)))
+
+
+def _code(template: str) -> list[str]:
+    return _CODE.findall(_COMMENT.sub("", template))
 
 
 def system_text(tools: Sequence[Tool], spelling_name: str = "hermes") -> tuple[str, str]:
