@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 E2E, FAILURES, CONFIG = "e2e/test_cluster", "e2e/test_cluster_failures", "e2e/test_config_server"
-DIRECTING, NODES, GROUPS = "core/test_directing", "e2e/test_nodes", "e2e/test_groups"
+DIRECTING, NODES, GROUPS = "core/test_request_director", "e2e/test_nodes", "e2e/test_groups"
 GOES = f"{NODES}::test_a_node_that_goes_ends_the_others_and_is_named"
 REPLICAS = f"{NODES}::test_replicas_on_lost_nodes_take_nothing_with_them_but_what_they_have_begun"
 TABLES: dict[tuple[str, str], dict[str, list[str]]] = {
@@ -30,7 +30,7 @@ TABLES: dict[tuple[str, str], dict[str, list[str]]] = {
         ],
         "a K/V transfer makes no progress": [
             "actors/test_kv_fencing::test_slots_given_to_others_are_out_of_reach_of_a_stopped_sender",
-            "actors/test_kv_doors::test_a_transfer_without_progress_lapses_and_costs_no_other",
+            "actors/test_kv_listeners::test_a_transfer_without_progress_lapses_and_costs_no_other",
             f"{DIRECTING}::test_a_pair_that_failed_is_avoided_for_a_while",
             "e2e/test_gpus::test_a_node_that_is_stopped_while_nccl_moves_k_and_v",
         ],
@@ -57,8 +57,8 @@ TABLES: dict[tuple[str, str], dict[str, list[str]]] = {
         ],
         "a node does not read": [
             "actors/test_channel::test_a_peer_that_does_not_read_is_dropped_and_blocks_nobody",
-            "actors/test_kv_doors::test_a_taker_that_reads_nothing_is_given_up_and_holds_up_nobody",
-            "actors/test_kv_doors::test_a_taker_that_does_not_read_keeps_no_pages_of_others",
+            "actors/test_kv_listeners::test_a_taker_that_reads_nothing_is_given_up_and_holds_up_nobody",
+            "actors/test_kv_listeners::test_a_taker_that_does_not_read_keeps_no_pages_of_others",
         ],
     },
     ("operations.md", "## A config_server and several masters"): {

@@ -444,7 +444,7 @@ class KvReceiver(TransferThread):
         page, fetched = portion.page, None
         if window is not None:
             here = self.pages.device(page)[: guest.nbytes(portion)]
-            fetched = window.fetch(portion.there, here, self.pages.stamp(page))
+            fetched = window.fetch(portion.there, here, self.pages.seen(page))
         host = guest.way == TCP
         copied = self.pages.empty(page, guest.strips, slots, host=host, after=fetched)
         self.copies.watch(copied, partial(self._written, guest, number, portion))
@@ -456,7 +456,7 @@ class KvReceiver(TransferThread):
         self._tell(guest, PageReceived(number))
 
     def _written(self, guest: _SenderConnection, number: int, portion: _IncomingPage) -> None:
-        held = guest.way != P2P or self.pages.stamped(portion.page) == portion.stamp
+        held = guest.way != P2P or int(self.pages.seen(portion.page)) == portion.stamp
         self.counts.taken_bytes += guest.nbytes(portion)
         self.counts.taken_pages += 1
         self._done(guest, number, portion)

@@ -199,7 +199,7 @@ class PageBuffers(Protocol):
         after: QueuedCopy | None = None,
     ) -> QueuedCopy:
         """Queue a copy of a page into slots; ``host``: of what is there in host memory; ``after``:
-        not before this one, on the same device, is done, and with it a copy of the stamp."""
+        not before this one is done."""
 
     def host(self, page: int) -> memoryview:
         """The page in host memory, to read and write."""
@@ -207,11 +207,8 @@ class PageBuffers(Protocol):
     def device(self, page: int) -> Tensor:
         """The page on the device, bytes."""
 
-    def stamp(self, page: int) -> Tensor:
-        """Its stamp there, [1] int64."""
-
-    def stamped(self, page: int) -> int:
-        """Its stamp when it was emptied ``after`` something."""
+    def seen(self, page: int) -> Tensor:
+        """[1] int64 in host memory, for the stamp of another process's page that comes here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +289,7 @@ class CpuPages:
         if memory is None:
             memory = torch.zeros(num, row_bytes(size), dtype=torch.uint8)
         self._memory, self._stamps = memory[:, :size], stamps(memory)
+        self._seen = torch.zeros(num, 1, dtype=torch.int64)
 
     def fill(
         self, page: int, strips: SliceSet, slots: array[int], *, host: bool, stamp: int = 0
@@ -318,11 +316,8 @@ class CpuPages:
     def device(self, page: int) -> Tensor:
         return self._memory[page]
 
-    def stamp(self, page: int) -> Tensor:
-        return self._stamps[page]
-
-    def stamped(self, page: int) -> int:
-        return int(self._stamps[page])
+    def seen(self, page: int) -> Tensor:
+        return self._seen[page]
 
 
 def row_bytes(size: int) -> int:
@@ -378,7 +373,7 @@ class CudaPages:
         self._columns: dict[int, tuple[Tensor, Tensor]] = {}  # of each page, pinned and there
         self.all = torch.zeros(num, row_bytes(size), dtype=torch.uint8, device=device)
         self._stamps, self._bytes = stamps(self.all), self.all[:, :size]
-        self._stamped = torch.zeros(num, 1, dtype=torch.int64, pin_memory=True)
+        self._seen = torch.zeros(num, 1, dtype=torch.int64, pin_memory=True)
         self._host: Tensor | None = None
 
     def fill(
@@ -409,7 +404,6 @@ class CudaPages:
                 self._bytes[page, :size].copy_(self._pinned[page, :size], non_blocking=True)
             if isinstance(after, CudaCopy):
                 self._stream.wait_event(after.event)
-                self._stamped[page].copy_(self._stamps[page], non_blocking=True)
             self._kernels.page_to_rows(strips.table, strips.word, there, self._bytes[page])
             return recorded(self._stream, after)
 
@@ -419,11 +413,8 @@ class CudaPages:
     def device(self, page: int) -> Tensor:
         return self._bytes[page]
 
-    def stamp(self, page: int) -> Tensor:
-        return self._stamps[page]
-
-    def stamped(self, page: int) -> int:
-        return int(self._stamped[page])
+    def seen(self, page: int) -> Tensor:
+        return self._seen[page]
 
     @property
     def _pinned(self) -> Tensor:

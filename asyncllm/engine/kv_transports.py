@@ -42,6 +42,9 @@ TCP, NCCL, P2P, AUTO = "tcp", "nccl", "p2p", "auto"
 MODES = (AUTO, NCCL, P2P, TCP)
 log = logging.getLogger(__name__)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+# Before and after a copy between two devices torch has a stream of each wait for one of the other;
+# with several pairs of streams, one copy runs meanwhile.
+STREAMS = 3
 _MEMORY = re.compile(r"cpu:(\d{1,9}):(\d{1,6}):(\d{1,19}):(\d{1,9}):(\d{1,18})")
 
 
@@ -59,7 +62,8 @@ class PeerMemory(Protocol):
         """Whether the page exists and has this many bytes."""
 
     def fetch(self, page: int, here: Tensor, stamp: Tensor) -> QueuedCopy:
-        """Queue a copy of the start of a remote page to ``here``, and then one of its stamp."""
+        """Queue a copy of the start of a remote page to ``here``, and then one of its stamp to
+        ``stamp``, [1] int64 in host memory."""
 
     def close(self) -> None:
         """Unmap the memory."""
@@ -270,17 +274,24 @@ class CudaPeerMemory:
         self.num, self._size = int(num), int(size)
         self._pages = whole.set_(storage, at, (num, size))  # type: ignore[call-overload]
         self._stamps = stamps(self._pages)
-        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._device, self._turn = device, 0
+        near = [torch.cuda.Stream(device) for _ in range(STREAMS)]
+        same = there == device.index
+        far = near if same else [torch.cuda.Stream(whole.device) for _ in range(STREAMS)]
+        self._streams = [*zip(near, far, strict=True)]
 
     def has(self, page: int, nbytes: int) -> bool:
         return page < self.num and nbytes <= self._size - STAMP
 
     def fetch(self, page: int, here: Tensor, stamp: Tensor) -> CudaCopy:
         source = self._pages[page, : len(here)]
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+        near, far = self._streams[self._turn]
+        self._turn = (self._turn + 1) % STREAMS
+        # torch copies on the stream of the source's device
+        with torch.cuda.device(self._device), torch.cuda.stream(far), torch.cuda.stream(near):
             here.copy_(source, non_blocking=True)
             stamp.copy_(self._stamps[page], non_blocking=True)
-            return recorded(self._stream, source)  # who holds the source keeps the memory mapped
+            return recorded(far, source)  # who holds the source keeps the memory mapped
 
     def close(self) -> None:
         """The memory is let go of with the last copy that reads it."""
