@@ -5,7 +5,6 @@ Everything here may block and synchronise; nothing here runs while serving.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,9 +22,9 @@ from asyncllm.engine.kernel_recording import DryDevice
 from asyncllm.engine.parallel import AnyWorld, Group, SingleRank
 from asyncllm.engine.sampling import PENALTY_ROWS
 from asyncllm.engine.sharing import LEAST_ROWS
+from asyncllm.engine.step_timing import even_plan
 from asyncllm.environment import memory_available
 from asyncllm.errors import StartupError
-from asyncllm.messages import StepPlan
 from asyncllm.models.attention import AttentionBackend
 from asyncllm.models.checkpoint import read_checkpoint
 from asyncllm.models.kv_format import PLAIN, KvMode
@@ -413,66 +412,47 @@ def warm_up(
     *,
     max_len: int,
     graphs: bool = True,
-    num_sliding: int = 0,
     in_step: bool = False,
 ) -> None:
     """Run each kind of step once, so that no request waits for compilation, and capture the CUDA
     graphs.
 
-    Every rank must call this at the same time. Uses lane 0 and the first slots, which are still
+    Every rank must call this at the same time. Uses the first lanes and slot 0, which are still
     empty.
 
     Args:
         num_tokens: of the longest chunk.
         max_len: of a sequence; steps that do not fit are shortened or skipped.
         graphs: False: every step is launched kernel by kernel (--disable_cudagraph).
-        num_sliding: slots of the second space; 0: there is one space.
         in_step: groups step together; their plans carry the common step size, which leads to other
             shapes and so to other kernels.
     """
     with log.phase("warm-up steps"):
-        _try_steps(device, num_tokens, max_len, num_sliding, in_step)
+        _try_steps(device, num_tokens, max_len, in_step)
     if graphs and not isinstance(device, CpuDevice):
         # including decode rows beside a chunk; a larger step takes longer on the GPU than its
         # launch on the host
         with log.phase("capture graphs"):
             device.capture(min(num_tokens, GRAPH_CHUNK) + GRAPH_DECODE_ROWS)
         with log.phase("steps by graphs"):  # replays load some modules at their first use
-            _try_steps(device, 16, max_len, num_sliding, in_step)
+            _try_steps(device, 16, max_len, in_step)
     elif device.engine.sharing.costs is not None:
         _try_shared(device, max_len)  # captured with the graphs if there are any
     device.engine.sharing.saved = 0
-    gc.collect()
 
 
 def _try_shared(device: CpuDevice | CudaDevice | DryDevice, max_len: int) -> None:
     """Run steps whose rows share all tokens but one, in sizes where sharing saves time."""
     most = len(device.engine.table) - 1
     for num in sorted({min(num, most) for num in (LEAST_ROWS, 4 * LEAST_ROWS, most)}):
-        lanes = i32(range(num))
-        plan = StepPlan(
-            step=0,
-            num_decode=num,
-            lanes=lanes,
-            starts=i32([max_len - 1] * num),
-            counts=i32([1] * num),
-            cached_counts=i32([0] * num),
-            slots=i32([0] * num),
-            tokens=i32([0] * num),
-            samples=bytearray(num),
-            siblings=lanes,
-            commons=i32([0] + [max_len - 1] * (num - 1)),
-            sliding=i32([0] * num) if device.engine.sliding_table is not None else i32([]),
-        )
+        plan = even_plan([1] * num, max_len - 1, num_decode=num)
+        commons = i32([0] + [max_len - 1] * (num - 1))
+        plan = replace(plan, samples=bytearray(num), siblings=plan.lanes, commons=commons)
         device.launch(plan).wait()
 
 
 def _try_steps(
-    device: CpuDevice | CudaDevice | DryDevice,
-    num_tokens: int,
-    max_len: int,
-    num_sliding: int,
-    in_step: bool,
+    device: CpuDevice | CudaDevice | DryDevice, num_tokens: int, max_len: int, in_step: bool
 ) -> None:
     greedy = SamplingParams(temperature=0.0)
     drawn = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1)
@@ -485,20 +465,11 @@ def _try_steps(
             size = min(wanted, max_len - start - (len(sizes) - i))  # leaves tokens for the rest
             if size < 1:
                 continue
-            plan = StepPlan(
-                step=0,
-                num_decode=int(size == 1),
-                lanes=i32([0]),
-                starts=i32([start]),
-                counts=i32([size]),
-                cached_counts=i32([0]),
-                slots=i32(range(start, start + size)),
-                tokens=i32([0] * size),
-                samples=bytearray(b"\x01"),
+            plan = replace(
+                even_plan([size], start, num_decode=int(size == 1)),
                 opened=[OpenedLane(0, size, params, i32([]))] if start == 0 else [],
                 common=size if in_step else 0,
                 mixed=in_step and size > 1,
-                sliding=i32(i % num_sliding for i in range(start, start + size) if num_sliding),
             )
             device.launch(plan).wait()
             start += size

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
 from asyncllm.core.step_times import StepSize
@@ -45,15 +48,30 @@ def plans(num_lanes: int, num_tokens: int, max_len: int) -> list[StepPlan]:
 
 
 def _decode(num: int, start: int) -> StepPlan:
-    return _plan([1] * num, start, num_decode=num)
+    return _opening(even_plan([1] * num, start, num_decode=num))
 
 
 def _prefill(num_tokens: int) -> StepPlan:
-    return _plan([num_tokens], 0, num_decode=0)
+    return _opening(even_plan([num_tokens], 0, num_decode=0))
 
 
-def _plan(counts: list[int], start: int, num_decode: int) -> StepPlan:
-    params, rows = SamplingParams(temperature=0.0), len(counts)
+def _opening(plan: StepPlan) -> StepPlan:
+    """``plan`` with lanes that are new and greedy."""
+    params, none = SamplingParams(temperature=0.0), i32([])
+    rows = zip(plan.lanes, plan.starts, plan.counts, strict=True)
+    return replace(
+        plan, opened=[OpenedLane(lane, at + num, params, none) for lane, at, num in rows]
+    )
+
+
+def even_plan(counts: Sequence[int], start: int, *, num_decode: int) -> StepPlan:
+    """A step of the first lanes, all of them at position ``start``, that sample; for the time
+    before serving, since all of its K/V go to the first slot.
+
+    Args:
+        counts: tokens of each row.
+    """
+    rows, nothing = len(counts), i32([0] * sum(counts))
     return StepPlan(
         step=0,
         num_decode=num_decode,
@@ -61,9 +79,8 @@ def _plan(counts: list[int], start: int, num_decode: int) -> StepPlan:
         starts=i32([start] * rows),
         counts=i32(counts),
         cached_counts=i32([0] * rows),
-        slots=i32([0] * sum(counts)),
-        tokens=i32([0] * sum(counts)),
+        slots=nothing,
+        tokens=nothing,
         samples=bytearray(b"\x01" * rows),
-        opened=[OpenedLane(lane, start + counts[lane], params, i32([])) for lane in range(rows)],
-        sliding=i32([0] * sum(counts)),
+        sliding=nothing,
     )

@@ -85,7 +85,7 @@ def variants(boot: Boot, spec: ModelSpec, facts: DeviceFacts) -> list[KernelVari
         model = model_on_paper(spec, sizes, torch.device("cuda"))
         model.pack()  # which prepares products
         num = division_of(spec, sizes.max_len, model).fit(KV_BYTES, None)
-        warm(boot, DryDevice(engine_of(boot, model, SingleRank(), num)), num)
+        warm(boot, DryDevice(engine_of(boot, model, SingleRank(), num)))
     return found
 
 

@@ -321,7 +321,7 @@ def _load_device(
         if ranks is not None:
             ranks.minimum(0)  # no rank compiles what the helper is still compiling
         with log.phase("warm up"):
-            warm(boot, device, plan.num)
+            warm(boot, device)
         for read in reading:
             read.result()
     with log.phase("measure steps"):
@@ -353,15 +353,14 @@ def engine_of(boot: Boot, model: Model, group: Group, num: PerSpace) -> Engine:
     )
 
 
-def warm(boot: Boot, device: CpuDevice | CudaDevice | DryDevice, num: PerSpace) -> None:
-    """Warm a rank's device up; ``num``: its slots."""
+def warm(boot: Boot, device: CpuDevice | CudaDevice | DryDevice) -> None:
+    """Warm a rank's device up."""
     num_tokens, max_len = _longest(boot)
     warm_up(
         device,
         num_tokens,
         max_len=max_len,
         graphs=not boot.config.disable_cudagraph,
-        num_sliding=0 if num.full == num.sliding else num.sliding,
         in_step=boot.topology.in_step,
     )
 

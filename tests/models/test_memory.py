@@ -353,7 +353,7 @@ def test_both_spaces_are_what_the_engine_allocates(
     assert len(tables) == (3 if name == "gemma3" else 2)
     assert num_bytes(tables) < plan.work
     device = CpuDevice(engine, 1)
-    warm_up(device, 64, max_len=256, num_sliding=plan.num.sliding)
+    warm_up(device, 64, max_len=256)
     device.close()
 
 

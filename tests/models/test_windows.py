@@ -53,7 +53,7 @@ class Serving(World):
         cuda = where.type == "cuda"
         self.real = CudaDevice(self.engine) if cuda else CpuDevice(self.engine, 1)
         if cuda:
-            warm_up(self.real, 16, max_len=max_len, num_sliding=num_sliding)
+            warm_up(self.real, 16, max_len=max_len)
         self.device.launch = self.launch  # type: ignore[method-assign, assignment]
         self.free: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by step
         self.logprobs: dict[int, list[float]] = defaultdict(list)
