@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import gc
 import re
 import sys
 import textwrap
@@ -24,6 +25,7 @@ from asyncllm.environment import has_cuda, quiet_libraries
 from asyncllm.errors import StartupError
 from asyncllm.server import signals
 from asyncllm.server.compile_helper import CompileHelper
+from asyncllm.server.cuda_context import open_early
 
 NUMBER = re.compile(r"[-+]?[0-9.eE+-]*|[-+]?(inf|nan)", re.ASCII)
 ALIASES = {
@@ -80,8 +82,12 @@ def main(argv: list[str] | None = None) -> int:
             return _make_cluster_key(config.make_cluster_key)
         with contextlib.ExitStack() as stack:
             ahead = stack.enter_context(CompileHelper()) if _compiles(config) else None
+            if ahead is not None:
+                open_early(0)
+            gc.disable()  # it would look in vain: what is imported stays
             from asyncllm.rank import serve  # takes seconds: torch
 
+            gc.enable()
             return serve(config, ahead)
     except StartupError as error:
         return _refuse(error)

@@ -1,5 +1,6 @@
 """Spellings, suggestions, refusals with exit code 2, help and the generated page."""
 
+import gc
 import re
 import shutil
 import subprocess
@@ -283,6 +284,7 @@ def test_foreign_names_and_ours_are_apart() -> None:
 
 def test_main_serves_and_returns_its_exit_code(served: list[Config]) -> None:
     assert main(["--tp", "2", "--check"]) == 7
+    assert gc.isenabled(), "only imports do without"
     assert served == [Config(tp=2, check=True)]
 
 

@@ -20,6 +20,7 @@ QuantKind = Literal["fp8_channel", "fp8_block", "int8_channel", "int4_group"]
 RowForm = Literal["fp8", "fp8_block", "int8"]  # of activations in 8 bits
 ServedKind = QuantKind | Literal["gguf"]  # the last one: a ``PackedMatrix``, on CPUs
 
+REPACKED: frozenset[ServedKind] = frozenset({"int4_group", "gguf"})  # once they are read
 BLOCK = 128  # rows and columns of fp8_block that share a scale; columns of its activations
 FP8_MAX = 448.0  # largest value of e4m3
 INT8_MAX = 127.0

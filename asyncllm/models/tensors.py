@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -39,7 +40,12 @@ class TensorSource(Protocol):
     def kind(self) -> str: ...
 
     def read(self, index: Index, device: torch.device) -> Tensor:
-        """Read its slice ``index``; computations, if any, run on ``device``."""
+        """Read its slice ``index``; computations, if any, run on ``device``.
+
+        Returns:
+            The slice on ``device`` or on the CPU. On a GPU it may still be being copied: use it on
+            the current stream.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +63,60 @@ class StoredTensor:
     dim: int = 0
 
 
+class PinnedBuffers:
+    """Copies tensors to a GPU through pinned memory, in two buffers taken in turn; for one thread.
+
+    A copy from memory that is not pinned would hold up every other thread that uses the GPU, above
+    all those that allocate memory or load kernels.
+    """
+
+    def __init__(self) -> None:
+        self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
+        self._copied: list[torch.cuda.Event | None] = [None, None]
+        self._turn = 0
+        self._device: torch.device | None = None  # of the last copy
+
+    def to(self, device: torch.device, found: Tensor) -> Tensor:
+        """``found`` on ``device``; its copy is queued on the current stream."""
+        turn = 1 - self._turn
+        self._turn, self._device = turn, device
+        if (copied := self._copied[turn]) is not None:
+            copied.synchronize()
+        with torch.cuda.device(device):
+            if len(self._buffers[turn]) < found.nbytes:
+                self._buffers[turn] = torch.empty(found.nbytes, dtype=torch.uint8, pin_memory=True)
+            place = self._buffers[turn][: found.nbytes]
+            # numpy copies in this thread alone, where torch would start one per core
+            np.copyto(place.numpy(), found.contiguous().view(-1).view(torch.uint8).numpy())
+            moved = place.view(found.dtype).view(found.shape).to(device, non_blocking=True)
+            self._copied[turn] = _marked()
+        return moved
+
+    def wait(self) -> None:
+        """Wait for all that this thread has queued on the GPU, if it has copied anything to it."""
+        if self._device is not None:
+            with torch.cuda.device(self._device):
+                _marked().synchronize()
+
+
+def _marked() -> torch.cuda.Event:
+    """An event behind what is queued on the current stream."""
+    event = torch.cuda.Event(blocking=True)
+    event.record()
+    return event
+
+
 class OpenFiles:
     """Weight files, each opened on first use.
 
-    A context manager; of one thread.
+    A context manager, at whose end all copies to a GPU are done; of one thread.
     """
 
     def __init__(self, pickles: Pickles) -> None:
         self._pickles = pickles
+        self._pinned = PinnedBuffers()
         self._stack = ExitStack()
+        self._stack.callback(self._pinned.wait)
         self._opened: dict[Path, _File] = {}
 
     def __enter__(self) -> OpenFiles:
@@ -91,7 +142,7 @@ class OpenFiles:
     def _open(self, path: Path) -> _File:
         match path.suffix:
             case ".safetensors":
-                return _Mapped(path, self._stack)
+                return _Mapped(path, self._stack, self._pinned)
             case ".gguf":
                 return GgufWeights(path)
             case _:
@@ -117,8 +168,8 @@ def reading(path: Path) -> Iterator[None]:
 class _Mapped:
     """A safetensors file."""
 
-    def __init__(self, path: Path, stack: ExitStack) -> None:
-        self._path = path
+    def __init__(self, path: Path, stack: ExitStack, pinned: PinnedBuffers) -> None:
+        self._path, self._pinned = path, pinned
         with reading(path):
             self._file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
 
@@ -127,19 +178,19 @@ class _Mapped:
 
     def tensor(self, key: str) -> TensorSource:
         with reading(self._path):
-            return _MappedTensor(self._path, self._file.get_slice(key))
+            return _MappedTensor(self._path, self._file.get_slice(key), self._pinned)
 
 
 class _MappedTensor:
-    def __init__(self, path: Path, found: object) -> None:
-        self._path, self._found = path, found
+    def __init__(self, path: Path, found: object, pinned: PinnedBuffers) -> None:
+        self._path, self._found, self._pinned = path, found, pinned
         self.shape = tuple(found.get_shape())  # type: ignore[attr-defined]
         self.kind: str = found.get_dtype()  # type: ignore[attr-defined]
 
     def read(self, index: Index, device: torch.device) -> Tensor:
         with reading(self._path):
             part: Tensor = self._found[index]  # type: ignore[index]
-            return part
+        return self._pinned.to(device, part) if device.type == "cuda" else part
 
 
 class _Pickled:

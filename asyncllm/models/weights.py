@@ -22,7 +22,7 @@ from asyncllm.models.quantization import BLOCK, INT4_ZERO, QuantWeight
 from asyncllm.models.quantize import quantize_blocks, quantize_rows
 from asyncllm.models.tensors import FLOATS, FP8, Index, OpenFiles, TensorSource
 
-_CHUNK = 1 << 24  # elements read at a time
+_CHUNK = 1 << 22  # elements read at a time
 _QUANTISED = 1 << 22  # elements quantised at a time, as float32 copies
 
 
@@ -120,7 +120,7 @@ class QuantTarget:
             for start, into, length in self.spans:
                 if self.dim == 1:
                     index = (slice(begin, stop), slice(start, start + length))
-                    made[:, into : into + length] = source.read(index, device)
+                    made[:, into : into + length] = source.read(index, device).to(device)
                     continue
                 low, high = max(begin, into), min(stop, into + length)
                 if low < high:
@@ -128,7 +128,7 @@ class QuantTarget:
                         slice(low - into + start, high - into + start),
                         slice(0, self.shape[1]),
                     )
-                    made[low - begin : high - begin] = source.read(index, device)
+                    made[low - begin : high - begin] = source.read(index, device).to(device)
             rows = slice(begin, stop)
             if weight.kind == "fp8_block":
                 blocks = slice(begin // BLOCK, -(-stop // BLOCK))

@@ -40,6 +40,7 @@ from asyncllm.models import rope
 from asyncllm.models.checkpoint import weight_files
 from asyncllm.models.kv_format import KvMode
 from asyncllm.models.model import Model
+from asyncllm.models.quantization import REPACKED
 from asyncllm.models.spec import ModelSpec
 from asyncllm.server import preflight, transfer
 from asyncllm.server.compile_helper import CompileHelper
@@ -150,26 +151,20 @@ def load_endpoint(
         text: the tokenizer, if it is loaded already.
         ahead: the helper that compiles this node's kernels.
     """
-    config = boot.config
-    leads = boot.me.device is not None and boot.topology.leads(boot.endpoint)
-    if text is None and (boot.listen_fd >= 0 or leads):
-        text = load_text(config, boot.model_dir, spec)
-    loaded = Loaded(boot, spec, None, None, None, None, None)
-    if text is not None:
-        loaded = with_chats(loaded, text)
-    if leads or MASTER in boot.me.roles:
-        load_forms(loaded)
     if boot.me.device is None:
-        return loaded
+        return _load_requests(boot, spec, text)
     where = torch_device(boot)
     if where.type == "cuda":
         torch.cuda.set_device(where)  # this thread launches on our device
     ranks: Ranks | None = None
-    if len(boot.topology.ranks) > 1:
-        with log.phase("meet the other ranks"):
-            ranks = preflight.join_ranks(boot, where)
-    with log.phase("plan memory"):
-        plan = memory_plan(boot, spec)
+    with ThreadPoolExecutor(1, "requests") as thread:  # which mostly waits for a helper
+        requests = thread.submit(_load_requests, boot, spec, text)
+        if len(boot.topology.ranks) > 1:
+            with log.phase("meet the other ranks"):
+                ranks = preflight.join_ranks(boot, where)
+        with log.phase("plan memory"):
+            plan = memory_plan(boot, spec)
+        loaded = requests.result()
     door = None
     if MOVER in boot.me.roles:
         transfer.refuse(boot, plan.window)
@@ -205,6 +200,19 @@ def _log_plan(boot: Boot, spec: ModelSpec, resolved: ResolvedConfig, plan: Memor
         logger.info("%s", note)
     for line in plan.linears.warnings(resolved.dtype):
         logger.warning("%s", line)
+
+
+def _load_requests(boot: Boot, spec: ModelSpec, text: ModelTokenizer | None) -> Loaded:
+    """What becomes of requests before and after the model, where this process does that."""
+    leads = boot.me.device is not None and boot.topology.leads(boot.endpoint)
+    if text is None and (boot.listen_fd >= 0 or leads):
+        text = load_text(boot.config, boot.model_dir, spec)
+    loaded = Loaded(boot, spec, None, None, None, None, None)
+    if text is not None:
+        loaded = with_chats(loaded, text)
+    if leads or MASTER in boot.me.roles:
+        load_forms(loaded)
+    return loaded
 
 
 def load_forms(loaded: Loaded) -> None:
@@ -331,8 +339,10 @@ def _load_device(
 
 def _stays(spec: ModelSpec, plan: MemoryPlan, where: torch.device) -> bool:
     """Whether weights stay where they are from the beginning, so that graphs can be captured while
-    they are read: on a GPU, if nothing is repacked or prepared for them."""
-    return where.type == "cuda" and not spec.has_experts and not plan.linears.served
+    they are read: on a GPU, if none are repacked."""
+    return (
+        where.type == "cuda" and not spec.has_experts and REPACKED.isdisjoint(plan.linears.served)
+    )
 
 
 def engine_of(boot: Boot, model: Model, group: Group, num: PerSpace) -> Engine:

@@ -60,6 +60,19 @@ def check_loaded(model: Decoder, want: dict[str, Tensor]) -> None:
             assert torch.equal(ours, want[name].narrow(target.dim, start, length)), name
 
 
+@pytest.mark.gpu
+def test_slices_of_many_sizes_reach_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through two pinned buffers that are used in turn and grow."""
+    want = make_checkpoint(tmp_path).state_dict()
+    split(tmp_path, "a.safetensors", "b.safetensors")
+    for chunk in (1 << 22, 100):
+        monkeypatch.setattr("asyncllm.models.weights._CHUNK", chunk)
+        spec = as_stored(ModelSpec.from_dir(tmp_path), read_checkpoint(tmp_path))
+        model = build(tmp_path, spec, "fp32", torch.device("cuda"), 64)
+        assert isinstance(model, Decoder)
+        check_loaded(model, {name: tensor.cuda() for name, tensor in want.items()})
+
+
 def change(model_dir: Path, **tensors: Tensor | None) -> None:
     """Set or drop tensors of the checkpoint; "__" in a name stands for a dot."""
     found = load_file(model_dir / FILE)
