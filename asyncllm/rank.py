@@ -30,7 +30,11 @@ from asyncllm.server.check import check
 from asyncllm.server.cluster import open_channel
 from asyncllm.server.compile_helper import CompileHelper
 from asyncllm.server.compile_kernels import job, job_name
-from asyncllm.server.endpoint_assignment import EndpointAssignment, find_seat, take_seat
+from asyncllm.server.endpoint_assignment import (
+    EndpointAssignment,
+    assign_on_nodes,
+    assign_on_one_node,
+)
 from asyncllm.server.keys import with_all_keys
 from asyncllm.server.launch import (
     Boot,
@@ -79,24 +83,24 @@ def serve(config: Config, ahead: CompileHelper | None = None) -> int:
         for note in resolved.notes:
             logger.info("%s", note)
         channel, cluster_host = open_channel(config, stack)
-        seat = _seat(config, spec, resolved, model_dir, stack)
-        watch.leave = partial(_leave, seat.wires)
-        serves = HTTP in seat.topology[seat.endpoint].roles
+        assignment = _assign_endpoint(config, spec, resolved, model_dir, stack)
+        watch.leave = partial(_leave, assignment.wires)
+        serves = HTTP in assignment.topology[assignment.endpoint].roles
         boot = Boot(
-            endpoint=seat.endpoint,
-            topology=seat.topology,
-            keys=(seat.keys.public, seat.keys.secret),
+            endpoint=assignment.endpoint,
+            topology=assignment.topology,
+            keys=(assignment.keys.public, assignment.keys.secret),
             config=config,
             resolved=resolved,
             model_dir=str(model_dir),
-            rendezvous=seat.rendezvous,
+            rendezvous=assignment.rendezvous,
             listen_fd=sock.fileno() if serves else -1,
             parent=0,
-            store_fd=seat.store_fd,
-            pulse_fd=Heartbeats.create() if seat.wires.address(0) else -1,
-            advertised=seat.advertised,
+            store_fd=assignment.store_fd,
+            heartbeats_fd=Heartbeats.create() if assignment.wires.address(0) else -1,
+            advertised=assignment.advertised,
             cluster_host=cluster_host,
-            incarnation="" if channel is None else channel.card.incarnation,
+            incarnation="" if channel is None else channel.info.incarnation,
         )
         if config.check:
             check(boot, spec, text)
@@ -105,11 +109,11 @@ def serve(config: Config, ahead: CompileHelper | None = None) -> int:
         if ahead is not None:
             _compile(ahead, boot, spec)
         status = None if serves else sock
-        ground = NodeResources(seat.wires, seat.lifeline, status, channel, ahead)
-        return uvloop.run(Server(boot, spec, text, ground, watch).run())
+        resources = NodeResources(assignment.wires, assignment.node_link, status, channel, ahead)
+        return uvloop.run(Server(boot, spec, text, resources, watch).run())
 
 
-def _seat(
+def _assign_endpoint(
     config: Config,
     spec: ModelSpec,
     resolved: ResolvedConfig,
@@ -122,8 +126,8 @@ def _seat(
             hold_draining()
         topology = Topology.of_master(config.httpserver_workers)
         if roles.asks_config_server(config):
-            topology = topology.guided()
-        return take_seat(config, topology, stack)
+            topology = topology.with_config_client()
+        return assign_on_one_node(config, topology, stack)
     topology = Topology.on_nodes(
         config.nnodes,
         config.tp,
@@ -139,17 +143,17 @@ def _seat(
     if config.run_mode in roles.NODES:
         topology = topology.as_node()
     if roles.asks_config_server(config):
-        topology = topology.guided()
+        topology = topology.with_config_client()
     # --check on a single node contacts nobody
     meets = config.nnodes > 1 or not config.check
     first_node = take_lease(config, stack) if meets else None
     if config.nnodes > 1:
-        seat = find_seat(config, resolved, model_dir, topology, first_node, stack)
+        assignment = assign_on_nodes(config, resolved, model_dir, topology, first_node, stack)
         hold_draining()  # while it waited there was nothing to drain
-        return seat
+        return assignment
     if not config.check:
         hold_draining()  # from here on there is a folder to clean up
-    return take_seat(config, topology, stack)
+    return assign_on_one_node(config, topology, stack)
 
 
 def _read(config: Config, model_dir: Path) -> tuple[ModelSpec, ModelTokenizer]:

@@ -15,14 +15,14 @@ from asyncllm.codec import record
 # others.
 ACTORS = (
     "allocator", "grammar", "kv_transfer", "scheduler", "balancer", "lockstep", "runner",
-    "director", "agent", "guide", "registry",
+    "director", "agent", "config_client", "registry",
     "detokenizer", "tokenizer", "frontend", "watchdog",
 )  # fmt: skip
 
 LEADER, FOLLOWER, HTTP, BALANCER, LOCKSTEP = "leader", "follower", "http", "balancer", "lockstep"
 MASTER, NODE = "master", "node"  # of servers with prefill/decode disaggregation
-MOVER = "mover"  # of ranks that exchange K/V with other servers
-GUIDE = "guide"  # of masters and nodes that belong to a config_server
+KV_TRANSFER = "kv_transfer"  # of ranks that exchange K/V with other servers
+CONFIG_CLIENT = "config_client"  # of masters and nodes that belong to a config_server
 REGISTRY = "registry"  # of a config_server
 WHOLE = (LEADER, HTTP)  # the roles of a process that is a complete server
 
@@ -35,8 +35,8 @@ PLACEMENT: Mapping[str, frozenset[str]] = {
     LOCKSTEP: frozenset({"lockstep"}),
     MASTER: frozenset({"director", "grammar"}),
     NODE: frozenset({"agent"}),
-    MOVER: frozenset({"kv_transfer"}),
-    GUIDE: frozenset({"guide"}),
+    KV_TRANSFER: frozenset({"kv_transfer"}),
+    CONFIG_CLIENT: frozenset({"config_client"}),
     REGISTRY: frozenset({"registry"}),
 }
 
@@ -160,7 +160,7 @@ class Topology:
         """The same as a prefill or decode node: it works for masters."""
         made = self
         for rank in self.ranks:
-            more = (MOVER, NODE) if rank == self.coordinator else (MOVER,)
+            more = (KV_TRANSFER, NODE) if rank == self.coordinator else (KV_TRANSFER,)
             made = made.replaced_by(replace(rank, roles=(*rank.roles, *more)))
         return made
 
@@ -169,10 +169,10 @@ class Topology:
         """One process, which serves no model."""
         return Topology((replace(http_worker(0), roles=(REGISTRY,)),))
 
-    def guided(self) -> Topology:
+    def with_config_client(self) -> Topology:
         """The same as a master or node that belongs to a config_server."""
         first = self.coordinator
-        return self.replaced_by(replace(first, roles=(*first.roles, GUIDE)))
+        return self.replaced_by(replace(first, roles=(*first.roles, CONFIG_CLIENT)))
 
     @property
     def coordinator(self) -> Endpoint:
@@ -283,7 +283,7 @@ class Topology:
         near = set(self.endpoints) if me == self.coordinator else {self.coordinator}
         if self.leads(number):
             near |= {e for e in self.endpoints if e.group == me.group or HTTP in e.roles}
-        elif MOVER in me.roles:  # its leader waits for its transfers
+        elif KV_TRANSFER in me.roles:  # its leader waits for its transfers
             near.add(self.leader(me.group))
         return tuple(e for e in self.endpoints if e in near and e.id != number and self.lives(e.id))
 

@@ -5,7 +5,7 @@
 
 Two ranks of a model of ``--layers``, ``--kv_heads`` and ``--head_dim`` in bf16 (Llama-3.1-8B's on a
 GPU), one in this process, one in a child. Prompts of ``--tokens`` are sent as chunks of ``--chunk``
-whose steps are all over; the time is from the first word to the taker's ``KvArrived``, the best and
+whose steps are all over; the time is from the first word to the receiver's ``KvArrived``, the best and
 the median of ``--runs`` (of fewer where they take long) after one to warm up. The share is of what one copy of a gigabyte
 between the same two devices reaches in this run. A way whose bytes did not all come right has no
 number. The last columns are the CPU time of each process, in ms per gigabyte, and what the device
@@ -93,19 +93,21 @@ class Side:
         held = (heads,) * args.layers
         self.share = KvShard("bench", 0, self.wire, self.kv, lambda tp: held)
 
-    def mover(
-        self, way: str, pages: tuple[int, int], keys: CurveKeys, *, sends: bool
+    def thread(
+        self, transport: str, pages: tuple[int, int], keys: CurveKeys, *, sends: bool
     ) -> TransferThread:
         """What moves them by one way, through so many pages of so many tokens."""
         num, size = pages
-        mode = P2P if way == P2P else TCP
-        made, ways = make_ways(mode, num, size * self.kv.slot_bytes, self.device)
-        ways = replace(ways, names=(way,), backend=nccl_pair if self.cuda else gloo_pair)
+        mode = P2P if transport == P2P else TCP
+        made, transports = make_ways(mode, num, size * self.kv.slot_bytes, self.device)
+        transports = replace(
+            transports, names=(transport,), backend=nccl_pair if self.cuda else gloo_pair
+        )
         warm_up(made, self.kv, self.tokens - 1)
         if sends:
-            return KvSender(self.share, made, ways, keys=[keys])
-        door = KvListener(keys, "127.0.0.1", 0)
-        return KvReceiver(self.share, made, ways, node=NODE, door=door)
+            return KvSender(self.share, made, transports, keys=[keys])
+        listener = KvListener(keys, "127.0.0.1", 0)
+        return KvReceiver(self.share, made, transports, node=NODE, listener=listener)
 
     def digest(self) -> list[int]:
         """Of each tensor; other bytes, or the same ones elsewhere, have another one."""
@@ -136,19 +138,21 @@ def say(batch: list[Message]) -> None:
 
 def take(args: argparse.Namespace) -> None:
     """The child: told lines of JSON, it answers in lines."""
-    side, mover = Side(args, sends=False), None
+    side, thread = Side(args, sends=False), None
     for line in sys.stdin:
         match json.loads(line):
-            case [way, pages, public, secret]:
-                if mover is not None:
-                    mover.close()
+            case [transport, pages, public, secret]:
+                if thread is not None:
+                    thread.close()
                 side.clear()
-                mover = side.mover(way, tuple(pages), CurveKeys(public, secret), sends=False)
-                assert isinstance(mover, KvReceiver)
-                mover.start(say, lambda error: answer(f"failed {error!r}"))
-                answer(f"port {mover.port}")
-            case [epoch, tokens] if mover is not None:
-                mover.put([ImportKv(epoch, 0, tokens, array("i", range(tokens)))])
+                thread = side.thread(
+                    transport, tuple(pages), CurveKeys(public, secret), sends=False
+                )
+                assert isinstance(thread, KvReceiver)
+                thread.start(say, lambda error: answer(f"failed {error!r}"))
+                answer(f"port {thread.port}")
+            case [epoch, tokens] if thread is not None:
+                thread.put([ImportKv(epoch, 0, tokens, array("i", range(tokens)))])
                 answer(f"waits {process_time()}")
             case "digest":
                 answer(json.dumps(side.digest()))
@@ -202,9 +206,9 @@ class Result:
     empty: float
 
 
-def page_times(side: Side, mover: TransferThread) -> tuple[float, float]:
+def page_times(side: Side, thread: TransferThread) -> tuple[float, float]:
     """Seconds to fill a page, and to empty it; its slots hold the same bytes afterwards."""
-    strips, pages = side.kv.whole(), mover.pages
+    strips, pages = side.kv.whole(), thread.pages
     slots = array("i", range(min(pages.size // strips.width, side.tokens)))
 
     def rate(copy: Callable[[], QueuedCopy]) -> float:
@@ -221,7 +225,7 @@ def page_times(side: Side, mover: TransferThread) -> tuple[float, float]:
 
 
 def measure(
-    args: argparse.Namespace, way: str, pages: tuple[int, int], side: Side, child: Child
+    args: argparse.Namespace, transport: str, pages: tuple[int, int], side: Side, child: Child
 ) -> Iterator[Result]:
     """Of one way, for each number of tokens.
 
@@ -229,10 +233,10 @@ def measure(
         BenchError: not all bytes came right.
     """
     keys = CurveKeys.make()
-    child.tell([way, pages, keys.public, keys.secret])
-    mover = side.mover(way, pages, keys, sends=True)
-    fill_s, empty_s = page_times(side, mover)
-    mover.start(lambda batch: None, lambda error: child.process.kill())
+    child.tell([transport, pages, keys.public, keys.secret])
+    thread = side.thread(transport, pages, keys, sends=True)
+    fill_s, empty_s = page_times(side, thread)
+    thread.start(lambda batch: None, lambda error: child.process.kill())
     address = f"tcp://127.0.0.1:{child.hear('port')}"
     epoch, pause = 0, threading.Event()
     try:
@@ -248,17 +252,17 @@ def measure(
                     node=NODE, epoch=epoch, hit=0, length=tokens, addresses=(address,),
                     wire=side.wire,
                 )  # fmt: skip
-                mover.put([ExportKv(epoch, to), *chunks(args, epoch, tokens), StepFinished(1)])
+                thread.put([ExportKv(epoch, to), *chunks(args, epoch, tokens), StepFinished(1)])
                 ended = child.hear(f"KvArrived {epoch}")
                 took.append(perf_counter() - begin)
                 cpu, cpu_there = cpu + process_time() - here, cpu_there + float(ended) - there
-                mover.put([CancelTransfer(epoch)])
+                thread.put([CancelTransfer(epoch)])
             yield Result(tokens, took[1:], cpu / len(took), cpu_there / len(took), fill_s, empty_s)
         child.tell("digest")
         if json.loads(child.hear("")) != side.digest():
-            raise BenchError(f"{way}: other bytes have come than were sent")
+            raise BenchError(f"{transport}: other bytes have come than were sent")
     finally:
-        mover.close()
+        thread.close()
 
 
 def chunks(args: argparse.Namespace, rid: int, tokens: int) -> list[KvComputed]:
@@ -329,22 +333,22 @@ def main() -> int:
             "empty",
         )  # fmt: skip
         out.write("".join(f"{head:>9}" for head in heads) + "\n")
-        for way in args.ways:
+        for transport in args.transports:
             for pages in args.pages:
                 num, size = map(int, pages.split("x"))
                 try:
-                    for r in measure(args, way, (num, size), side, child):
+                    for r in measure(args, transport, (num, size), side, child):
                         best, middle = min(r.took), statistics.median(r.took)
                         gb = r.tokens * side.kv.slot_bytes / 1e9
                         out.write(
-                            f"{way:>9}{pages:>9}{r.tokens:>9}{1e3 * best:>9.2f}{1e3 * middle:>9.2f}"
+                            f"{transport:>9}{pages:>9}{r.tokens:>9}{1e3 * best:>9.2f}{1e3 * middle:>9.2f}"
                             f"{gb / best:>9.1f}{gb / best / link:>9.1%}{1e3 * r.cpu / gb:>9.2f}"
                             f"{1e3 * r.cpu_there / gb:>9.2f}{1e3 * r.fill:>9.3f}"
                             f"{1e3 * r.empty:>9.3f}\n"
                         )
                         out.flush()
                 except BenchError as error:
-                    out.write(f"{way:>9}{pages:>9} failed: {error}\n")
+                    out.write(f"{transport:>9}{pages:>9} failed: {error}\n")
                     failed += 1
     return 1 if failed else 0
 

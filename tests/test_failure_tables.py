@@ -44,7 +44,7 @@ TABLES: dict[tuple[str, str], dict[str, list[str]]] = {
         "stopped node wakes up": [
             f"{FAILURES}::test_a_decode_node_that_is_stopped_writes_into_nothing_when_it_wakes",
             f"{FAILURES}::test_a_stopped_prefill_node_is_left_and_comes_back",
-            "actors/test_kv_fencing::test_a_stopped_taker_does_not_take_what_its_sender_has_for_others",
+            "actors/test_kv_fencing::test_a_stopped_receiver_does_not_take_what_its_sender_has_for_others",
         ],
         "no node of a role": [
             f"{E2E}::test_without_another_decode_node_the_client_is_told_which_one_was_lost",
@@ -57,8 +57,8 @@ TABLES: dict[tuple[str, str], dict[str, list[str]]] = {
         ],
         "a node does not read": [
             "actors/test_channel::test_a_peer_that_does_not_read_is_dropped_and_blocks_nobody",
-            "actors/test_kv_listeners::test_a_taker_that_reads_nothing_is_given_up_and_holds_up_nobody",
-            "actors/test_kv_listeners::test_a_taker_that_does_not_read_keeps_no_pages_of_others",
+            "actors/test_kv_listeners::test_a_receiver_that_reads_nothing_is_given_up_and_holds_up_nobody",
+            "actors/test_kv_listeners::test_a_receiver_that_does_not_read_keeps_no_pages_of_others",
         ],
     },
     ("operations.md", "## A config_server and several masters"): {

@@ -90,7 +90,7 @@ class Agent(Actor[Inbox]):
 
     Args:
         channel: to the masters.
-        masters: host and HTTP port of each; (): the guide provides them.
+        masters: host and HTTP port of each; (): the config_client provides them.
         vocab_size, max_len: limits that requests of masters are checked against.
     """
 
@@ -110,7 +110,9 @@ class Agent(Actor[Inbox]):
         self._channel = channel
         self._vocab_size, self._max_len = vocab_size, max_len
         self._searches = [PeerConnector(channel, master, WHAT, self.spawn) for master in masters]
-        self._listed: frozenset[tuple[str, int]] = frozenset()  # channels listed by the guide
+        self._listed: frozenset[tuple[str, int]] = (
+            frozenset()
+        )  # channels listed by the config_client
         self._dialled: set[str] = set()  # those of them that we connect to
         self._refusing: set[str] = set()  # masters that refuse us
         self._peers: dict[int, str] = {}  # connected masters -> where they were dialled
@@ -118,7 +120,7 @@ class Agent(Actor[Inbox]):
         self._tasks: dict[int, _Task] = {}  # by rid
         self._tickets: dict[tuple[int, int], _Task] = {}  # by master and ticket
         self._counter = 0
-        self._doors: dict[int, KvListening] = {}  # of kv_transfer, by rank's endpoint
+        self._kv_listening: dict[int, KvListening] = {}  # of kv_transfer, by rank's endpoint
         self._asking: set[int] = set()  # endpoints that asked whether there is a master
         self._draining = self._drained = False
         self._timer: asyncio.TimerHandle | None = None
@@ -128,7 +130,7 @@ class Agent(Actor[Inbox]):
         self._grammar = self.system.at_intake("grammar")
         self._watchdog = self.system.ref("watchdog")
         self._num_grammars = len(self.system.topology.placed("grammar"))
-        takes = self._channel.card.role == DECODE
+        takes = self._channel.info.role == DECODE
         self._awaited = {*self.system.topology.placed("kv_transfer")} if takes else set()
         self._arm()
 
@@ -166,7 +168,7 @@ class Agent(Actor[Inbox]):
                     self._complete = True
                     self._look_for_masters()
                 case KvListening():
-                    self._doors[msg.endpoint] = msg
+                    self._kv_listening[msg.endpoint] = msg
                     self._look_for_masters()
                 case Scraped():
                     self._say_state(msg)
@@ -193,7 +195,7 @@ class Agent(Actor[Inbox]):
     def _look_for_masters(self) -> None:
         """Once, when all processes are there and each rank of a decode node has said where it takes
         K/V."""
-        if self._complete and not self._looking and self._awaited <= self._doors.keys():
+        if self._complete and not self._looking and self._awaited <= self._kv_listening.keys():
             self._looking = True
             for search in self._searches:
                 search.look()
@@ -357,14 +359,16 @@ class Agent(Actor[Inbox]):
         if (task := self._tasks.get(msg.rid)) is None:
             return
         topology = self.system.topology
-        doors = [self._doors[rank.id] for rank in topology.group(topology[msg.leader].group)]
+        listening = [
+            self._kv_listening[rank.id] for rank in topology.group(topology[msg.leader].group)
+        ]
         to = KvDestination(
-            node=self._channel.card.incarnation,
+            node=self._channel.info.incarnation,
             epoch=msg.rid,
             hit=msg.hit,
             length=msg.length,
-            addresses=tuple(door.address for door in doors),
-            wire=doors[0].wire,
+            addresses=tuple(each.address for each in listening),
+            wire=listening[0].wire,
         )
         self._to_master(task.peer, DecodeReserved(task.msg.ticket, to))
 

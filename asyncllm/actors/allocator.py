@@ -35,14 +35,14 @@ class Allocator(Actor[ReserveSlots | ReleaseSlots | Probe]):
         use_tree: bool = True,
         window: Window | None = None,
         num_sliding: int = 0,
-        siblings: bool = False,
+        prefix_order: bool = False,
     ) -> None:
         super().__init__("allocator")
-        known = SharedPrefixIndex() if siblings else None
-        self.ledger = Ledger(num_slots, use_tree=use_tree, siblings=known)
+        known = SharedPrefixIndex() if prefix_order else None
+        self.ledger = Ledger(num_slots, use_tree=use_tree, prefix_order=known)
         if window is not None:
             num = PerSpace(num_slots, num_sliding)
-            self.ledger = WindowLedger(num, window, use_tree=use_tree, siblings=known)
+            self.ledger = WindowLedger(num, window, use_tree=use_tree, prefix_order=known)
 
     def started(self) -> None:
         self._scheduler = self.system.ref("scheduler")

@@ -81,7 +81,7 @@ class Actor(Generic[M]):
         return len(self._queue)
 
     @property
-    def strangers(self) -> int:
+    def failed_handshakes(self) -> int:
         """Connections to a port of its own that failed to authenticate."""
         return 0
 

@@ -89,7 +89,7 @@ class _Link(ABC):
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.peer, self.card, self.dialled = 0, PeerInfo(role="", name="", incarnation=""), ""
+        self.peer, self.info, self.dialled = 0, PeerInfo(role="", name="", incarnation=""), ""
         self.heard = monotonic()
         self.box = Outbox(self.put, loop, OUTBOX)
 
@@ -183,19 +183,19 @@ class Channel:
     """
 
     def __init__(
-        self, card: PeerInfo, keys: Sequence[CurveKeys], dead_after_s: float = 10.0
+        self, info: PeerInfo, keys: Sequence[CurveKeys], dead_after_s: float = 10.0
     ) -> None:
-        self.card, self._keys = card, keys
+        self.info, self._keys = info, keys
         self.admit: Callable[[PeerInfo], str | None] = lambda _: None
         self.foreign_frames = self.port = 0
         self._beat_s, self._limit_s = min(BEAT_S, dead_after_s / BEATS), dead_after_s / 2
         self._ctx: zmq.Context[Socket] = zmq.Context()
-        self._door: Socket | None = None
-        self._strangers: HandshakeFailures | None = None
+        self._listen_sock: Socket | None = None
+        self._failed_handshakes: HandshakeFailures | None = None
         self._listener: ChannelCallbacks | None = None
         self._loop: asyncio.AbstractEventLoop
         self._dials: dict[str, _DialTarget] = {}
-        self._guests: dict[bytes, _IncomingLink] = {}
+        self._incoming: dict[bytes, _IncomingLink] = {}
         self._peers: dict[int, _Link] = {}
         self._next_peer = FIRST_PEER
         self._timer: asyncio.TimerHandle | None = None
@@ -211,11 +211,11 @@ class Channel:
         Raises:
             StartupError: it cannot be used.
         """
-        self._door = sock = self._ctx.socket(zmq.ROUTER)
+        self._listen_sock = sock = self._ctx.socket(zmq.ROUTER)
         sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
         address = tcp(host, port or "*")
         _bounds(sock, address)
-        self._strangers = protected(sock, self._keys[0])
+        self._failed_handshakes = protected(sock, self._keys[0])
         try:
             sock.bind(address)
         except zmq.ZMQError as error:
@@ -255,26 +255,26 @@ class Channel:
     @property
     def peers(self) -> Mapping[int, PeerInfo]:
         """The connected peers."""
-        return {peer: link.card for peer, link in self._peers.items()}
+        return {peer: link.info for peer, link in self._peers.items()}
 
     def waiting(self, peer: int) -> int:
         """Bytes queued for a peer; 0 if it has left."""
         return link.box.size if (link := self._peers.get(peer)) else 0
 
     @property
-    def strangers(self) -> int:
+    def failed_handshakes(self) -> int:
         """Connections that failed to authenticate."""
-        return self._strangers.count() if self._strangers else 0
+        return self._failed_handshakes.count() if self._failed_handshakes else 0
 
     # -- for the system ----------------------------------------------------------------------------
 
     def start(self, listener: ChannelCallbacks) -> None:
         """Start, on the running loop."""
         self._listener, self._loop = listener, asyncio.get_running_loop()
-        if self._door is not None:
-            assert self._strangers is not None
-            self._strangers.watch(self._loop)
-            self._loop.add_reader(self._door.fileno(), self._pump)
+        if self._listen_sock is not None:
+            assert self._failed_handshakes is not None
+            self._failed_handshakes.watch(self._loop)
+            self._loop.add_reader(self._listen_sock.fileno(), self._pump)
         self._due = monotonic()
         self._tick()
         self._pump_soon()
@@ -298,15 +298,15 @@ class Channel:
                 dial.looking.cancel()
             if dial.call is not None:
                 self._hang_up(dial.call)
-        for guest in self._guests.values():
-            guest.close()
+        for incoming in self._incoming.values():
+            incoming.close()
         if self._timer is not None:
             self._timer.cancel()
-        if self._door is not None:
-            assert self._strangers is not None
+        if self._listen_sock is not None:
+            assert self._failed_handshakes is not None
             if self._listener is not None:
-                self._loop.remove_reader(self._door.fileno())
-            self._strangers.close(self._loop if self._listener is not None else None)
+                self._loop.remove_reader(self._listen_sock.fileno())
+            self._failed_handshakes.close(self._loop if self._listener is not None else None)
         self._listener = None
         self._ctx.destroy(LINGER_MS)
 
@@ -322,11 +322,11 @@ class Channel:
         self._pumping, left = False, DRAIN_LIMIT
         while left > 0 and self._listener is not None:
             before = left
-            if self._door is not None:
+            if self._listen_sock is not None:
                 with contextlib.suppress(zmq.Again):
-                    ident, *frames = self._door.recv_multipart(zmq.NOBLOCK)
+                    ident, *frames = self._listen_sock.recv_multipart(zmq.NOBLOCK)
                     left -= 1
-                    self._from_guest(ident, frames)
+                    self._from_incoming(ident, frames)
             for dial in [*self._dials.values()]:
                 if (call := dial.call) is not None and not call.sock.closed:
                     with contextlib.suppress(zmq.Again):
@@ -338,11 +338,11 @@ class Channel:
         if self._listener is not None:
             self._pump_soon()
 
-    def _from_guest(self, ident: bytes, frames: list[bytes]) -> None:
-        assert self._door is not None
-        if (guest := self._guests.get(ident)) is None:
-            guest = _IncomingLink(self._loop, self._door, ident)
-        self._take(guest, frames)
+    def _from_incoming(self, ident: bytes, frames: list[bytes]) -> None:
+        assert self._listen_sock is not None
+        if (incoming := self._incoming.get(ident)) is None:
+            incoming = _IncomingLink(self._loop, self._listen_sock, ident)
+        self._take(incoming, frames)
 
     def _take(self, link: _Link, frames: list[bytes]) -> None:
         link.heard = monotonic()
@@ -364,7 +364,7 @@ class Channel:
 
     def _foreign(self, link: _Link, complaint: str) -> None:
         if link.peer:
-            log.warning("%s sends what is not possible: %s", link.card, complaint)
+            log.warning("%s sends what is not possible: %s", link.info, complaint)
             self._end(
                 link, f"it sends what is not possible: {complaint}", PeerGoodbye(complaint, False)
             )
@@ -378,8 +378,8 @@ class Channel:
             self._unlike(link, f"its protocol is {theirs!r}, ours {protocol()!r}")
             return
         match decode(body):
-            case PeerHello(card) if not link.peer:
-                self._meet(link, card)
+            case PeerHello(info) if not link.peer:
+                self._meet(link, info)
             case PeerGoodbye(why, refused):
                 self._end(link, f"it hung up: {why}", None, refused=why if refused else "")
             case PeerHeartbeat() if link.peer:
@@ -395,34 +395,34 @@ class Channel:
             self._refuse(link, what)
 
     def _refuse(self, link: _Link, what: str) -> None:
-        self._log.warning("%s is not let in: %s", link.card if link.card.role else "one", what)
+        self._log.warning("%s is not let in: %s", link.info if link.info.role else "one", what)
         self._end(link, what, PeerGoodbye(what, True))
 
-    def _meet(self, link: _Link, card: PeerInfo) -> None:
-        link.card = card
-        if breach := self.card.difference(card):
+    def _meet(self, link: _Link, info: PeerInfo) -> None:
+        link.info = info
+        if breach := self.info.difference(info):
             what, ours, theirs = breach
             if isinstance(link, _OutgoingLink):
-                why = f"{what} here is {ours}, that of {card} {theirs}"
+                why = f"{what} here is {ours}, that of {info} {theirs}"
             else:
-                why = f"{what} of {card} is {theirs}, that of {self.card} {ours}"
+                why = f"{what} of {info} is {theirs}, that of {self.info} {ours}"
             self._unlike(link, why)
             return
         if isinstance(link, _IncomingLink):
-            if len(self._guests) >= MOST_PEERS:
+            if len(self._incoming) >= MOST_PEERS:
                 self._refuse(link, f"{MOST_PEERS} are connected already")
                 return
-            if why_not := self.admit(card):
+            if why_not := self.admit(info):
                 self._refuse(link, why_not)
                 return
-            self._guests[link.ident] = link
-            self._say(link, PeerHello(self.card))
+            self._incoming[link.ident] = link
+            self._say(link, PeerHello(self.info))
         link.peer, self._next_peer = self._next_peer, self._next_peer + 1
         self._peers[link.peer] = link
         if dial := self._dials.get(link.dialled):
             dial.again_s = AGAIN_S[0]
-        log.info("%s is there (peer %d)", card, link.peer)
-        self._tell(PeerJoined(link.peer, card, link.dialled))
+        log.info("%s is there (peer %d)", info, link.peer)
+        self._tell(PeerJoined(link.peer, info, link.dialled))
 
     def _say(self, link: _Link, msg: Message) -> None:
         """Send one of the channel's own messages; lost if the other end does not read."""
@@ -447,8 +447,8 @@ class Channel:
         if peer := link.peer:
             link.peer = 0
             del self._peers[peer]
-            log.info("%s has left (peer %d): %s", link.card, peer, why)
-            self._tell(PeerLeft(peer, link.card, why))
+            log.info("%s has left (peer %d): %s", link.info, peer, why)
+            self._tell(PeerLeft(peer, link.info, why))
         if refused:
             self._tell(PeerRefused(link.dialled, refused))
 
@@ -461,7 +461,7 @@ class Channel:
                 dial.call, dial.due = None, monotonic() + dial.again_s
                 dial.again_s = min(2 * dial.again_s, AGAIN_S[1])
         elif isinstance(link, _IncomingLink):
-            self._guests.pop(link.ident, None)
+            self._incoming.pop(link.ident, None)
             link.close()
 
     def _tell(self, msg: PeerJoined | PeerLeft | PeerRefused) -> None:
@@ -520,7 +520,7 @@ class Channel:
             dial.looking = None
         call.dialled, dial.call = where, call
         self._loop.add_reader(call.sock.fileno(), self._pump)
-        self._say(call, PeerHello(self.card))
+        self._say(call, PeerHello(self.info))
 
 
 def _bounds(sock: Socket, address: str) -> None:

@@ -89,7 +89,7 @@ class Director(Actor[Inbox]):
         super().__init__("director")
         self.core = request_director.RequestDirector(NodeSelector(strategy))
         self._channel, self._counts, self._vocab_size = channel, counts, vocab_size
-        self._cards: dict[int, PeerInfo] = {}  # of connected nodes, perhaps without a state yet
+        self._infos: dict[int, PeerInfo] = {}  # of connected nodes, perhaps without a state yet
         self._moved: dict[int, TransferTotals] = {}  # K/V counters, as last reported by each node
         self._moved_before = TransferTotals()  # those of nodes that have left
         self._asking: set[int] = set()  # endpoints that asked whether requests can be served
@@ -125,10 +125,10 @@ class Director(Actor[Inbox]):
                     self.core.stop(rid, num_tokens)
                 case PeerMessage():
                     self._received(msg)
-                case PeerJoined(peer, card):
-                    self._cards[peer] = card
-                case PeerLeft(peer, card, why):
-                    self._left(peer, card, why)
+                case PeerJoined(peer, info):
+                    self._infos[peer] = info
+                case PeerLeft(peer, info, why):
+                    self._left(peer, info, why)
                 case PeerRefused():
                     pass  # a master connects to nobody
                 case AskServing(endpoint):
@@ -169,23 +169,23 @@ class Director(Actor[Inbox]):
 
     # -- nodes ----------------------------------------------------------------------------------
 
-    def _complaint(self, card: PeerInfo) -> str | None:
+    def _complaint(self, info: PeerInfo) -> str | None:
         """Why a connecting server is refused, or None. One that has restarted replaces its former
         self."""
-        if card.role not in ROLES:
-            return f"it is no prefill or decode node, but {card.role!r}"
-        for peer, other in [*self._cards.items()]:
-            if other.name == card.name and other.incarnation != card.incarnation:
+        if info.role not in ROLES:
+            return f"it is no prefill or decode node, but {info.role!r}"
+        for peer, other in [*self._infos.items()]:
+            if other.name == info.name and other.incarnation != info.incarnation:
                 self._channel.drop(peer, "replaced by another process with its address")
-                self._cards.pop(peer, None)
-        for other in self._cards.values():
-            if found := card.difference(other):
+                self._infos.pop(peer, None)
+        for other in self._infos.values():
+            if found := info.difference(other):
                 what, theirs, ours = found
-                return f"{what} of {card} is {theirs}, that of {other} {ours}"
+                return f"{what} of {info} is {theirs}, that of {other} {ours}"
         if self._counts is not None:
-            most = self._counts[ROLES.index(card.role)]
-            if sum(other.role == card.role for other in self._cards.values()) >= most:
-                return f"there are {most} {card.role} nodes already (--pd_master_mode)"
+            most = self._counts[ROLES.index(info.role)]
+            if sum(other.role == info.role for other in self._infos.values()) >= most:
+                return f"there are {most} {info.role} nodes already (--pd_master_mode)"
         return None
 
     def _received(self, msg: PeerMessage) -> None:
@@ -204,9 +204,9 @@ class Director(Actor[Inbox]):
 
     def _state(self, peer: int, state: NodeState) -> None:
         if (node := self.core.nodes.get(peer)) is None:
-            if (card := self._cards.get(peer)) is None:
+            if (info := self._infos.get(peer)) is None:
                 return  # it has left
-            node = EngineNode(peer, card.role, card.name, state.total)
+            node = EngineNode(peer, info.role, info.name, state.total)
             self.core.joined(node)
             log.info("%s takes requests: %d K/V slots", node, state.total)
         if state.draining and not node.draining:
@@ -216,21 +216,21 @@ class Director(Actor[Inbox]):
         node.draining = state.draining
         self._moved[peer] = state.moved
 
-    def _left(self, peer: int, card: PeerInfo, why: str) -> None:
-        self._cards.pop(peer, None)
+    def _left(self, peer: int, info: PeerInfo, why: str) -> None:
+        self._infos.pop(peer, None)
         gone = self._moved.pop(peer, TransferTotals())
         self._moved_before += replace(gone, waiting=0)
         before = self.core.counts.retries
         self.core.left(peer, why)
         moved = self.core.counts.retries - before
-        log.warning("%s is lost: %s; %d requests are tried elsewhere", card, why, moved)
+        log.warning("%s is lost: %s; %d requests are tried elsewhere", info, why, moved)
 
     def _table(self) -> list[dict[str, object]]:
         """For ``/pd_nodes``."""
         rows: list[dict[str, object]] = []
-        for peer, card in self._cards.items():
+        for peer, info in self._infos.items():
             node = self.core.nodes.get(peer)
-            row: dict[str, object] = {"role": card.role, "address": card.name, "state": "joining"}
+            row: dict[str, object] = {"role": info.role, "address": info.name, "state": "joining"}
             if node is not None:
                 row |= {
                     "state": "draining" if node.draining else "serving",
@@ -241,7 +241,7 @@ class Director(Actor[Inbox]):
                     "running": node.running,
                     "waiting": node.waiting,
                 }
-            rows.append(row | {"incarnation": card.incarnation})
+            rows.append(row | {"incarnation": info.incarnation})
         return rows
 
     # -- requests -------------------------------------------------------------------------------

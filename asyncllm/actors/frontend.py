@@ -119,14 +119,14 @@ class Frontend(Actor[Inbox]):
             max_running=self.limits.max_running, max_waiting=self.limits.max_waiting
         )
         self._to_tell: list[AnsweredRequest] = []  # not reported yet
-        self._doors: HttpListeners | None = None
+        self._listeners: HttpListeners | None = None
 
     def started(self) -> None:
         """Refs of the actors that this one sends to."""
         self._tokenizer = self.system.ref("tokenizer")
         self._watchdog = self.system.at_coordinator("watchdog")
         self._place = self.system.at_coordinator(self.place.asks)
-        self._guide = self.system.at_coordinator("guide")
+        self._config_client = self.system.at_coordinator("config_client")
         for group in self.system.topology.lost:
             self._lose(group)
 
@@ -149,8 +149,8 @@ class Frontend(Actor[Inbox]):
                 case Started():
                     if self.place.asks:
                         self._place.tell(AskServing(self.system.endpoint), urgent=True)
-                    if self.place.guided:
-                        self._guide.tell(AskMasters(self.system.endpoint), urgent=True)
+                    if self.place.has_config_server:
+                        self._config_client.tell(AskMasters(self.system.endpoint), urgent=True)
                     self.spawn(self._serve())
                 case Cancel():
                     self._cancel(msg.request_id)
@@ -180,8 +180,8 @@ class Frontend(Actor[Inbox]):
             self._write(self._dirty.popleft())
         for future in self._queries.values():
             future.cancel()
-        if self._doors is not None:
-            await self._doors.close()
+        if self._listeners is not None:
+            await self._listeners.close()
 
     def stopped(self) -> None:
         """Close the listening sockets; connections are closed with the loop."""
@@ -345,7 +345,7 @@ class Frontend(Actor[Inbox]):
         and on all masters if there are several. Raises NotServing (503): these are unreachable."""
         self._watchdog.tell(Cancel(request_id), urgent=True)
         if self.place.mark:
-            self._guide.tell(Cancel(request_id), urgent=True)
+            self._config_client.tell(Cancel(request_id), urgent=True)
             self.others.check_told()
 
     async def scrape(self) -> Scraped:
@@ -589,8 +589,8 @@ class Frontend(Actor[Inbox]):
 
     async def _serve(self) -> None:
         """Start serving HTTP."""
-        self._doors = HttpRoutes(self).doors()
-        await self._doors.open(self._sockets, self.access.tls)
+        self._listeners = HttpRoutes(self).listeners()
+        await self._listeners.open(self._sockets, self.access.tls)
         self.serving = True
         self._on_open()
 

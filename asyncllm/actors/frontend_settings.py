@@ -53,7 +53,7 @@ class ClusterSettings:
             ``Serving``; "": they always can.
         elsewhere: why requests are not accepted here, and where to send them; "": they are.
         cluster_port: where a master's nodes connect; 0: this is no master.
-        guided: the guide at the coordinator knows the other masters.
+        guided: the config_client at the coordinator knows the other masters.
         mark: prefix of the ids of answers, so that other masters know whose they are, see
             :func:`mark_of`; "": there are no others.
     """
@@ -61,7 +61,7 @@ class ClusterSettings:
     asks: str = ""
     elsewhere: str = ""
     cluster_port: int = 0
-    guided: bool = False
+    has_config_server: bool = False
     mark: str = ""
 
 
@@ -81,7 +81,7 @@ class KnownMasters:
     def __init__(self, place: ClusterSettings) -> None:
         self._place = place
         self.masters: tuple[MasterAddress, ...] = ()
-        self.away = place.guided  # until it reports
+        self.away = place.has_config_server  # until it reports
 
     def who_serves(self) -> str:
         """Why requests are not accepted here, and where to send them."""

@@ -21,7 +21,7 @@ class Heartbeats:
     def __init__(self, fd: int) -> None:
         memory = memoryview(mmap.mmap(fd, SIZE)).cast("d")
         tables = (memory[PLACES * i : PLACES * (i + 1)] for i in range(TABLES))
-        self._times, self._foreign, self._strangers = tables
+        self._times, self._foreign, self._failed_handshakes = tables
 
     @staticmethod
     def create() -> int:
@@ -38,14 +38,16 @@ class Heartbeats:
         """Time of ``endpoint``'s last heartbeat; 0.0: none yet."""
         return self._times[endpoint % PLACES]
 
-    def note(self, endpoint: int, foreign_frames: int, strangers: int) -> None:
+    def note(self, endpoint: int, foreign_frames: int, failed_handshakes: int) -> None:
         """Record the foreign frames and strangers of ``endpoint`` since its start."""
         self._foreign[endpoint % PLACES] = foreign_frames
-        self._strangers[endpoint % PLACES] = strangers
+        self._failed_handshakes[endpoint % PLACES] = failed_handshakes
 
     def noted(self, below: int, but: int) -> tuple[int, int]:
         """Foreign frames and strangers of all endpoints with numbers ``below``, ``but`` one."""
         end = min(below, PLACES)
-        foreign, strangers = sum(self._foreign[:end]), sum(self._strangers[:end])
+        foreign, failed_handshakes = sum(self._foreign[:end]), sum(self._failed_handshakes[:end])
         mine = but % PLACES
-        return int(foreign - self._foreign[mine]), int(strangers - self._strangers[mine])
+        return int(foreign - self._foreign[mine]), int(
+            failed_handshakes - self._failed_handshakes[mine]
+        )

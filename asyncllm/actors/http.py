@@ -94,7 +94,7 @@ class HttpRoutes:
         self._max_values = json_body.most_values(front.served.max_len)
         self._lookout = ConnectionWatcher()
 
-    def doors(self) -> HttpListeners:
+    def listeners(self) -> HttpListeners:
         """What serves these routes on sockets."""
         limits = self._front.limits
         return HttpListeners(

@@ -29,7 +29,7 @@ class KvListener:
         address = tcp(host, port or "*")
         bounds(self.sock)
         self.sock.setsockopt(zmq.IPV6, ipv6(address))
-        self.strangers = protected(self.sock, keys)
+        self.failed_handshakes = protected(self.sock, keys)
         try:
             self.sock.bind(address)
         except zmq.ZMQError:
@@ -39,5 +39,5 @@ class KvListener:
 
     def close(self) -> None:
         """Stop listening."""
-        self.strangers.close()
+        self.failed_handshakes.close()
         self.ctx.destroy(0)

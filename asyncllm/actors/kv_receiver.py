@@ -118,7 +118,7 @@ class _SenderConnection:
     tp: int = 0
     rank: int = 0
     strips: SliceSet = field(default_factory=lambda: SliceSet(()))
-    way: str = ""
+    transport: str = ""
     over: bool = False
     window: PeerMemory | None = None
     pair: RankPair | None = None
@@ -144,26 +144,30 @@ class KvReceiver(TransferThread):
         self,
         share: KvShard,
         pages: PageBuffers,
-        ways: KvTransports,
+        transports: KvTransports,
         times: TransferTimeouts | None = None,
         *,
         node: str,
-        door: KvListener,
+        listener: KvListener,
     ) -> None:
-        super().__init__(share, pages, times or TransferTimeouts(), door.ctx)
-        self._node, self._ways = node, ways
+        super().__init__(share, pages, times or TransferTimeouts(), listener.ctx)
+        self._node, self._transports = node, transports
         self.inbox = ImportTable(cache(lambda tp: share.partners(tp, sent=False)))
-        self.guests: dict[bytes, _SenderConnection] = {}
+        self.senders: dict[bytes, _SenderConnection] = {}
         self._strips: dict[tuple[int, int], SliceSet] = {}
         self._ending: list[
             tuple[_SenderConnection, RankPair]
         ] = []  # connections whose pages may still be written
         # nobody reads it, so one is enough; it must not be freed while a communicator writes
-        unread = pages.size if NCCL in ways.names else 0
-        self._nowhere = torch.empty(unread, dtype=torch.uint8, device=ways.device)
+        unread = pages.size if NCCL in transports.names else 0
+        self._nowhere = torch.empty(unread, dtype=torch.uint8, device=transports.device)
         self._log = RateLimitedLog(log)
-        self.door, self._strangers, self.port = door.sock, door.strangers, door.port
-        self.poller.register(self.door, zmq.POLLIN)
+        self.listener, self._failed_handshakes, self.port = (
+            listener.sock,
+            listener.failed_handshakes,
+            listener.port,
+        )
+        self.poller.register(self.listener, zmq.POLLIN)
 
     # -- from the scheduler ------------------------------------------------------------------------
 
@@ -204,348 +208,354 @@ class KvReceiver(TransferThread):
         why = "" if arrived else entry.why or "its request has ended there"
         for ident in entry.links.values():
             assert isinstance(ident, bytes)
-            if (guest := self.guests.get(ident)) is not None:
-                self._tell(guest, EpochClosed(entry.rid, why))
-                self._forget_portions(guest, entry.rid)
+            if (sender := self.senders.get(ident)) is not None:
+                self._tell(sender, EpochClosed(entry.rid, why))
+                self._forget_portions(sender, entry.rid)
 
-    def _forget_portions(self, guest: _SenderConnection, epoch: int) -> None:
-        for number, portion in [*guest.portions.items()]:
+    def _forget_portions(self, sender: _SenderConnection, epoch: int) -> None:
+        for number, portion in [*sender.portions.items()]:
             if portion.epoch == epoch and not portion.busy:
-                del guest.portions[number]
-                self._free(guest, portion)
+                del sender.portions[number]
+                self._free(sender, portion)
 
-    def _free(self, guest: _SenderConnection, portion: _IncomingPage) -> None:
+    def _free(self, sender: _SenderConnection, portion: _IncomingPage) -> None:
         if portion.page >= 0:
-            self.pool.give(guest.ident, portion.page)
+            self.pool.give(sender.ident, portion.page)
             portion.page = -1
 
     # -- what comes in -----------------------------------------------------------------------------
 
     def look(self, events: dict[Socket, int]) -> None:
-        if self.door not in events:
+        if self.listener not in events:
             return
         for _ in range(MOST_FRAMES):
             try:
-                ident, *frames = self.door.recv_multipart(zmq.NOBLOCK, copy=False)
+                ident, *frames = self.listener.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
             self._read(ident.bytes, frames)
 
     def _read(self, ident: bytes, frames: list[zmq.Frame]) -> None:
-        guest = self.guests.get(ident)
-        if guest is None:
-            guest = self.guests[ident] = _SenderConnection(ident, self.clock.now)
-        guest.heard = self.clock.now
-        if guest.over:
+        sender = self.senders.get(ident)
+        if sender is None:
+            sender = self.senders[ident] = _SenderConnection(ident, self.clock.now)
+        sender.heard = self.clock.now
+        if sender.over:
             return
         try:
             msg = decode(frames[0].buffer)
         except CodecError as error:
             self.counts.refused += 1
-            self._refuse(guest, str(error))
+            self._refuse(sender, str(error))
             return
-        self._hear_one(guest, msg, [part.buffer for part in frames[1:]])
+        self._hear_one(sender, msg, [part.buffer for part in frames[1:]])
 
     def _hear_one(
-        self, guest: _SenderConnection, msg: Message, data: Sequence[memoryview] = ()
+        self, sender: _SenderConnection, msg: Message, data: Sequence[memoryview] = ()
     ) -> None:
         try:
             if len(data) != isinstance(msg, PageBytes):
                 raise ProtocolViolation(f"a {type(msg).__name__} in {1 + len(data)} frames")
             if isinstance(msg, PageBytes):
-                self._piece(guest, msg, data[0])
+                self._piece(sender, msg, data[0])
             else:
-                self._hear(guest, msg)
+                self._hear(sender, msg)
         except ProtocolViolation as error:
             self.counts.refused += 1
-            self._refuse(guest, str(error))
+            self._refuse(sender, str(error))
 
-    def _hear(self, guest: _SenderConnection, msg: Message) -> None:
-        if not guest.name:
+    def _hear(self, sender: _SenderConnection, msg: Message) -> None:
+        if not sender.name:
             if not isinstance(msg, SenderHello):
                 raise ProtocolViolation(f"a {type(msg).__name__} before it has said who it is")
-            self._admit(guest, msg)
+            self._admit(sender, msg)
             return
         match msg:
             case EpochOpened(epoch) | PageAnnounced(_, epoch) | EpochClosed(epoch) if (
                 self.inbox.is_early(epoch)
             ):
-                self._keep(guest, epoch, msg)
+                self._keep(sender, epoch, msg)
             case EpochOpened(epoch):
-                if not self.inbox.begin(epoch, guest.tp, guest.rank, guest.ident, self.clock.now):
-                    self._tell(guest, EpochClosed(epoch, "it is not expected there"))
+                if not self.inbox.begin(
+                    epoch, sender.tp, sender.rank, sender.ident, self.clock.now
+                ):
+                    self._tell(sender, EpochClosed(epoch, "it is not expected there"))
             case PageAnnounced():
-                self._announced(guest, msg)
+                self._announced(sender, msg)
             case PageFilled():
-                self._filled(guest, msg)
+                self._filled(sender, msg)
             case EpochClosed(epoch, why):
                 entry = self.inbox.imports.get(epoch)
-                if entry is not None and entry.links.get(guest.rank) == guest.ident:
+                if entry is not None and entry.links.get(sender.rank) == sender.ident:
                     self._drop(epoch, why or "its sender gives up")
-            case StoreValue(key, value) if guest.pair is not None:
-                guest.pair.known(key, value)
+            case StoreValue(key, value) if sender.pair is not None:
+                sender.pair.known(key, value)
             case TransferHeartbeat():
                 pass
             case TransferRefused(why):
-                self._end_guest(guest, f"its sender refuses: {why}")
+                self._end_sender(sender, f"its sender refuses: {why}")
             case _:
                 raise ProtocolViolation(f"a {type(msg).__name__} that it cannot have meant")
 
-    def _keep(self, guest: _SenderConnection, epoch: int, msg: Message) -> None:
+    def _keep(self, sender: _SenderConnection, epoch: int, msg: Message) -> None:
         """Its request is unknown here: our scheduler's message may still be on its way."""
-        _, said = guest.early.setdefault(epoch, (self.clock.now, []))
+        _, said = sender.early.setdefault(epoch, (self.clock.now, []))
         said.append(msg)
-        guest.num_early += 1
-        if guest.num_early > MOST_READY:
-            raise ProtocolViolation(f"{len(guest.early)} requests that nobody expects")
+        sender.num_early += 1
+        if sender.num_early > MOST_READY:
+            raise ProtocolViolation(f"{len(sender.early)} requests that nobody expects")
 
     def _hear_early(self, epoch: int) -> None:
-        for guest in [*self.guests.values()]:
-            _, said = guest.early.pop(epoch, (0.0, []))
-            guest.num_early -= len(said)
+        for sender in [*self.senders.values()]:
+            _, said = sender.early.pop(epoch, (0.0, []))
+            sender.num_early -= len(said)
             for msg in said:
-                if not guest.over:
-                    self._hear_one(guest, msg)
+                if not sender.over:
+                    self._hear_one(sender, msg)
 
-    def _admit(self, guest: _SenderConnection, msg: SenderHello) -> None:
-        guest.name, guest.tp, guest.rank = msg.name or "?", msg.wire.tp, msg.rank
+    def _admit(self, sender: _SenderConnection, msg: SenderHello) -> None:
+        sender.name, sender.tp, sender.rank = msg.name or "?", msg.wire.tp, msg.rank
         if msg.wire.tp > MOST_RANKS:
             raise ProtocolViolation(f"a server of {msg.wire.tp} ranks")
         if msg.node != self._node:
-            self._refuse(guest, f"server {msg.node} is not here any more")
+            self._refuse(sender, f"server {msg.node} is not here any more")
             return
         if difference := self.share.wire.difference(msg.wire):
-            self._refuse(guest, f"K/V differ: {difference}")
+            self._refuse(sender, f"K/V differ: {difference}")
             return
-        key = guest.tp, guest.rank
+        key = sender.tp, sender.rank
         if key not in self._strips:
             self._strips[key] = self.share.strips(*key, sent=False)
-        guest.strips = self._strips[key]
-        if not guest.strips.width:
-            raise ProtocolViolation(f"rank {guest.rank} of {guest.tp} has nothing for us")
-        way, window = self._ways.choose(msg.ways, msg.machine, msg.memory)
-        if way is None:
-            self._refuse(guest, self._ways.nothing_in_common(msg.ways))
+        sender.strips = self._strips[key]
+        if not sender.strips.width:
+            raise ProtocolViolation(f"rank {sender.rank} of {sender.tp} has nothing for us")
+        transport, window = self._transports.choose(msg.transports, msg.machine, msg.memory)
+        if transport is None:
+            self._refuse(sender, self._transports.nothing_in_common(msg.transports))
             return
-        guest.way, guest.window = way, window
-        if way == NCCL:
-            guest.pair = self._ways.pair(1, self.bell.ring)
-        log.info("K/V of %s come by %s", guest.name, way)
-        self._tell(guest, SenderAdmitted(way, max(1, self.pages.size // guest.strips.width)))
+        sender.transport, sender.window = transport, window
+        if transport == NCCL:
+            sender.pair = self._transports.pair(1, self.bell.ring)
+        log.info("K/V of %s come by %s", sender.name, transport)
+        self._tell(
+            sender, SenderAdmitted(transport, max(1, self.pages.size // sender.strips.width))
+        )
 
-    def _announced(self, guest: _SenderConnection, msg: PageAnnounced) -> None:
-        if msg.number in guest.portions or len(guest.portions) >= MOST_READY:
-            raise ProtocolViolation(f"portion {msg.number} beside {len(guest.portions)} others")
+    def _announced(self, sender: _SenderConnection, msg: PageAnnounced) -> None:
+        if msg.number in sender.portions or len(sender.portions) >= MOST_READY:
+            raise ProtocolViolation(f"portion {msg.number} beside {len(sender.portions)} others")
         portion = _IncomingPage(msg.epoch, msg.first, msg.count, since=self.clock.now)
-        if guest.nbytes(portion) > self.pages.size:
+        if sender.nbytes(portion) > self.pages.size:
             raise ProtocolViolation(f"a portion of {msg.count} positions, more than a page has")
-        if self.inbox.wants(msg.epoch, guest.rank, guest.ident, msg.first, msg.count):
-            guest.portions[msg.number] = portion
-            if guest.way != P2P:
-                guest.ready.append(msg.number)
+        if self.inbox.wants(msg.epoch, sender.rank, sender.ident, msg.first, msg.count):
+            sender.portions[msg.number] = portion
+            if sender.transport != P2P:
+                sender.ready.append(msg.number)
         else:
-            self._tell(guest, PageReceived(msg.number))
+            self._tell(sender, PageReceived(msg.number))
 
-    def _piece(self, guest: _SenderConnection, msg: PageBytes, data: memoryview) -> None:
-        if guest.way != TCP:
+    def _piece(self, sender: _SenderConnection, msg: PageBytes, data: memoryview) -> None:
+        if sender.transport != TCP:
             raise ProtocolViolation("bytes that come by another way")
-        if (portion := guest.portions.get(msg.number)) is None:
+        if (portion := sender.portions.get(msg.number)) is None:
             return  # of a request that has ended here
         end = msg.offset + len(data)
         pulled = portion.state is _PageState.PULLED
-        if not pulled or msg.offset != portion.got or end > guest.nbytes(portion):
+        if not pulled or msg.offset != portion.got or end > sender.nbytes(portion):
             raise ProtocolViolation(f"bytes {msg.offset} to {end} of portion {msg.number}")
         self.pages.host(portion.page)[msg.offset : end] = data
         portion.got, portion.since = end, self.clock.now
-        if end == guest.nbytes(portion):
-            self._write(guest, msg.number, portion)
+        if end == sender.nbytes(portion):
+            self._write(sender, msg.number, portion)
 
-    def _filled(self, guest: _SenderConnection, msg: PageFilled) -> None:
+    def _filled(self, sender: _SenderConnection, msg: PageFilled) -> None:
         """The bytes are in a page of the sender's."""
-        number, portion = msg.number, guest.portions.get(msg.number)
+        number, portion = msg.number, sender.portions.get(msg.number)
         if portion is None:
             # its request has ended here; what a communicator sends must be received all the same
-            if guest.pair is not None:
+            if sender.pair is not None:
                 if msg.nbytes > self.pages.size:
                     raise ProtocolViolation(f"{msg.nbytes} bytes, more than a page has")
-                guest.pair.receive(number, self._nowhere[: msg.nbytes])
+                sender.pair.receive(number, self._nowhere[: msg.nbytes])
             return
-        expected = _PageState.READY if guest.window is not None else _PageState.PULLED
-        same = portion.there < 0 and msg.nbytes == guest.nbytes(portion)
+        expected = _PageState.READY if sender.window is not None else _PageState.PULLED
+        same = portion.there < 0 and msg.nbytes == sender.nbytes(portion)
         if portion.state is not expected or not same:
             raise ProtocolViolation(f"portion {number} is filled while it is {portion.state.name}")
-        portion.since = guest.moved = self.clock.now
-        if guest.window is not None:
-            if not guest.window.has(msg.page, msg.nbytes):
+        portion.since = sender.moved = self.clock.now
+        if sender.window is not None:
+            if not sender.window.has(msg.page, msg.nbytes):
                 raise ProtocolViolation(
                     f"page {msg.page} with {msg.nbytes} bytes, which it has not"
                 )
             portion.there, portion.stamp = msg.page, msg.stamp
-            guest.ready.append(number)
-        elif guest.pair is not None:
+            sender.ready.append(number)
+        elif sender.pair is not None:
             portion.state = _PageState.FETCHING
-            guest.pair.receive(number, self.pages.device(portion.page)[: msg.nbytes])
+            sender.pair.receive(number, self.pages.device(portion.page)[: msg.nbytes])
 
     # -- from pages into slots ---------------------------------------------------------------------
 
     def work(self) -> int:
-        guests = [*self.guests.values()]
-        for guest in guests:
-            if guest.pair is not None:
-                self._step(guest, guest.pair)
+        senders = [*self.senders.values()]
+        for sender in senders:
+            if sender.pair is not None:
+                self._step(sender, sender.pair)
         self._pull()  # into pages freed above
-        more = [self._flush(guest) and not guest.over for guest in guests]
-        for guest, pair in [entry for entry in self._ending if entry[1].closed]:
-            self._ending.remove((guest, pair))
-            for number, portion in [*guest.portions.items()]:
+        more = [self._flush(sender) and not sender.over for sender in senders]
+        for sender, pair in [entry for entry in self._ending if entry[1].closed]:
+            self._ending.remove((sender, pair))
+            for number, portion in [*sender.portions.items()]:
                 if portion.state is _PageState.FETCHING:
-                    self._free(guest, guest.portions.pop(number))
+                    self._free(sender, sender.portions.pop(number))
         return SOON_MS if any(more) else IDLE_MS
 
     def _pull(self) -> None:
         """Fetch or request portions while there are free pages, round-robin over the senders."""
-        guests = [g for g in self.guests.values() if g.ready and not g.over]
-        self.counts.waiting = sum(len(guest.ready) for guest in guests)
-        while guests:
-            guests = [guest for guest in guests if self._pull_one(guest)]
+        senders = [g for g in self.senders.values() if g.ready and not g.over]
+        self.counts.waiting = sum(len(sender.ready) for sender in senders)
+        while senders:
+            senders = [sender for sender in senders if self._pull_one(sender)]
 
-    def _pull_one(self, guest: _SenderConnection) -> bool:
+    def _pull_one(self, sender: _SenderConnection) -> bool:
         """Request one portion of a sender; returns whether there may be another one."""
-        while guest.ready and (portion := guest.portions.get(guest.ready[0])) is None:
-            guest.ready.popleft()  # its request has ended
-        if not guest.ready or (guest.pair is not None and not guest.pair.ready):
+        while sender.ready and (portion := sender.portions.get(sender.ready[0])) is None:
+            sender.ready.popleft()  # its request has ended
+        if not sender.ready or (sender.pair is not None and not sender.pair.ready):
             return False
-        if (page := self.pool.take(guest.ident)) is None:
+        if (page := self.pool.take(sender.ident)) is None:
             return False
-        number = guest.ready.popleft()
+        number = sender.ready.popleft()
         assert portion is not None
         portion.page, portion.state, portion.since = page, _PageState.PULLED, self.clock.now
-        if guest.window is None:
-            self._tell(guest, PullPage(number))
+        if sender.window is None:
+            self._tell(sender, PullPage(number))
             return True
-        self._write(guest, number, portion, guest.window)
+        self._write(sender, number, portion, sender.window)
         return True
 
     def _write(
         self,
-        guest: _SenderConnection,
+        sender: _SenderConnection,
         number: int,
         portion: _IncomingPage,
         window: PeerMemory | None = None,
     ) -> None:
         """Copy its bytes to their slots, if the request is still open. They are in its page, or
         are first copied there through ``window``."""
-        place = portion.epoch, guest.rank, guest.ident, portion.first, portion.count
+        place = portion.epoch, sender.rank, sender.ident, portion.first, portion.count
         slots = self.inbox.write(*place)
         if slots is None:
-            self._done(guest, number, portion)
+            self._done(sender, number, portion)
             return
         portion.state = _PageState.WRITING
         page, fetched = portion.page, None
         if window is not None:
-            here = self.pages.device(page)[: guest.nbytes(portion)]
+            here = self.pages.device(page)[: sender.nbytes(portion)]
             fetched = window.fetch(portion.there, here, self.pages.seen(page))
-        host = guest.way == TCP
-        copied = self.pages.empty(page, guest.strips, slots, host=host, after=fetched)
-        self.copies.watch(copied, partial(self._written, guest, number, portion))
+        host = sender.transport == TCP
+        copied = self.pages.empty(page, sender.strips, slots, host=host, after=fetched)
+        self.copies.watch(copied, partial(self._written, sender, number, portion))
 
-    def _done(self, guest: _SenderConnection, number: int, portion: _IncomingPage) -> None:
+    def _done(self, sender: _SenderConnection, number: int, portion: _IncomingPage) -> None:
         """A portion no longer needs its page, nor its sender's."""
-        guest.portions.pop(number, None)
-        self._free(guest, portion)
-        self._tell(guest, PageReceived(number))
+        sender.portions.pop(number, None)
+        self._free(sender, portion)
+        self._tell(sender, PageReceived(number))
 
-    def _written(self, guest: _SenderConnection, number: int, portion: _IncomingPage) -> None:
-        held = guest.way != P2P or int(self.pages.seen(portion.page)) == portion.stamp
-        self.counts.taken_bytes += guest.nbytes(portion)
+    def _written(self, sender: _SenderConnection, number: int, portion: _IncomingPage) -> None:
+        held = sender.transport != P2P or int(self.pages.seen(portion.page)) == portion.stamp
+        self.counts.taken_bytes += sender.nbytes(portion)
         self.counts.taken_pages += 1
-        self._done(guest, number, portion)
+        self._done(sender, number, portion)
         if not held:  # what is in its slots is not its own
             self._drop(portion.epoch, "its sender has used the page for something else")
-        place = portion.epoch, guest.rank, portion.first, portion.count
+        place = portion.epoch, sender.rank, portion.first, portion.count
         self._end(self.inbox.written(*place))
 
-    def _received(self, guest: _SenderConnection, number: int, portion: _IncomingPage) -> None:
+    def _received(self, sender: _SenderConnection, number: int, portion: _IncomingPage) -> None:
         """What a communicator has sent is in its page."""
-        if guest.portions.get(number) is portion and portion.epoch in self.inbox.imports:
-            self._write(guest, number, portion)
+        if sender.portions.get(number) is portion and portion.epoch in self.inbox.imports:
+            self._write(sender, number, portion)
         else:  # ended meanwhile
-            guest.portions.pop(number, None)
-            self._free(guest, portion)
+            sender.portions.pop(number, None)
+            self._free(sender, portion)
 
-    def _step(self, guest: _SenderConnection, pair: RankPair) -> None:
+    def _step(self, sender: _SenderConnection, pair: RankPair) -> None:
         """Advance the operations of communicators."""
         for key, value in pair.to_tell():
-            self._tell(guest, StoreValue(key, value))
+            self._tell(sender, StoreValue(key, value))
         for number in pair.done(self.clock.now):
-            if (portion := guest.portions.get(number)) is not None:
-                self._received(guest, number, portion)
-        if pair.failed and not guest.over:
-            self._refuse(guest, pair.failed)
+            if (portion := sender.portions.get(number)) is not None:
+                self._received(sender, number, portion)
+        if pair.failed and not sender.over:
+            self._refuse(sender, pair.failed)
 
     # -- connections and time ----------------------------------------------------------------------
 
-    def _tell(self, guest: _SenderConnection, msg: Message) -> None:
-        guest.out.say(msg, self.clock.now)
+    def _tell(self, sender: _SenderConnection, msg: Message) -> None:
+        sender.out.say(msg, self.clock.now)
 
-    def _flush(self, guest: _SenderConnection) -> bool:
+    def _flush(self, sender: _SenderConnection) -> bool:
         """Send what the socket accepts; returns whether there is more."""
         try:
-            guest.out.flush(
-                lambda frame: self.door.send_multipart([guest.ident, frame], zmq.NOBLOCK),
+            sender.out.flush(
+                lambda frame: self.listener.send_multipart([sender.ident, frame], zmq.NOBLOCK),
                 self.clock.now,
             )
         except zmq.Again:  # many frames are sent at once when many requests end
             return True
         except zmq.ZMQError:  # its connection is closed
-            guest.out.clear()
-            self._end_guest(guest, "its sender has hung up")
+            sender.out.clear()
+            self._end_sender(sender, "its sender has hung up")
         return False
 
-    def _refuse(self, guest: _SenderConnection, why: str) -> None:
+    def _refuse(self, sender: _SenderConnection, why: str) -> None:
         """Ignore further frames from it; the others continue."""
-        self._log.warning("K/V of %s are refused: %s", guest.name or "nobody we know", why)
-        guest.out.clear()  # send only the refusal, at once
-        self._tell(guest, TransferRefused(why))
-        self._end_guest(guest, why)
+        self._log.warning("K/V of %s are refused: %s", sender.name or "nobody we know", why)
+        sender.out.clear()  # send only the refusal, at once
+        self._tell(sender, TransferRefused(why))
+        self._end_sender(sender, why)
 
-    def _end_guest(self, guest: _SenderConnection, why: str) -> None:
-        guest.over = True
+    def _end_sender(self, sender: _SenderConnection, why: str) -> None:
+        sender.over = True
         for entry in [*self.inbox.imports.values()]:
-            if entry.links.get(guest.rank) == guest.ident:
+            if entry.links.get(sender.rank) == sender.ident:
                 self._drop(entry.rid, why)
-        for number, portion in [*guest.portions.items()]:
+        for number, portion in [*sender.portions.items()]:
             if not portion.busy:
-                self._free(guest, guest.portions.pop(number))
-        guest.ready.clear()
-        if guest.pair is not None:
-            guest.pair.close()
-            self._ending.append((guest, guest.pair))
-            guest.pair = None
-        if guest.window is not None:
-            guest.window.close()
-            guest.window = None
+                self._free(sender, sender.portions.pop(number))
+        sender.ready.clear()
+        if sender.pair is not None:
+            sender.pair.close()
+            self._ending.append((sender, sender.pair))
+            sender.pair = None
+        if sender.window is not None:
+            sender.window.close()
+            sender.window = None
 
     def tick(self) -> None:
-        self.counts.strangers = self._strangers.count()  # also that nothing of them piles up
+        self.counts.failed_handshakes = (
+            self._failed_handshakes.count()
+        )  # also that nothing of them piles up
         now, times = self.clock.now, self.times
-        for guest in [*self.guests.values()]:
-            silent = now - guest.heard
-            if guest.over:
+        for sender in [*self.senders.values()]:
+            silent = now - sender.heard
+            if sender.over:
                 if silent > GONE_S:
-                    del self.guests[guest.ident]
+                    del self.senders[sender.ident]
             elif silent > times.lapse_s:
-                self._refuse(guest, f"its sender has been silent for {times.lapse_s:g} s")
-            elif why := guest.out.stuck(now, times.lapse_s):
-                self._refuse(guest, f"its sender {why}")
-            elif now - guest.out.said > times.alive_s:
-                self._tell(guest, TransferHeartbeat())
-            for epoch, (since, said) in [*guest.early.items()]:
+                self._refuse(sender, f"its sender has been silent for {times.lapse_s:g} s")
+            elif why := sender.out.stuck(now, times.lapse_s):
+                self._refuse(sender, f"its sender {why}")
+            elif now - sender.out.said > times.alive_s:
+                self._tell(sender, TransferHeartbeat())
+            for epoch, (since, said) in [*sender.early.items()]:
                 if now - since > times.early_s:
-                    del guest.early[epoch]
-                    guest.num_early -= len(said)
+                    del sender.early[epoch]
+                    sender.num_early -= len(said)
                     self.inbox.end(epoch)
-                    self._tell(guest, EpochClosed(epoch, "it is not expected there"))
+                    self._tell(sender, EpochClosed(epoch, "it is not expected there"))
         for entry in [*self.inbox.imports.values()]:
             if entry.why is None and (why := self._late(entry)):
                 self._drop(entry.rid, why)
@@ -561,21 +571,21 @@ class KvReceiver(TransferThread):
                 return f"rank {rank} of its sender has not come in {times.lapse_s:g} s"
         for ident in entry.links.values():
             assert isinstance(ident, bytes)
-            if (guest := self.guests.get(ident)) is None:
+            if (sender := self.senders.get(ident)) is None:
                 continue
-            for portion in guest.portions.values():
+            for portion in sender.portions.values():
                 limit_s = times.lapse_s
                 if portion.page < 0:  # its sender's pages may be others' until these have lapsed
-                    limit_s = 2 * limit_s if guest.way == P2P and portion.there < 0 else inf
-                since = portion.since if portion.page >= 0 else max(portion.since, guest.moved)
+                    limit_s = 2 * limit_s if sender.transport == P2P and portion.there < 0 else inf
+                since = portion.since if portion.page >= 0 else max(portion.since, sender.moved)
                 if portion.epoch == entry.rid and now - since > limit_s:
                     return f"{portion.count} tokens have not come in {limit_s:g} s"
         return ""
 
     def shut(self) -> None:
-        for guest in self.guests.values():
-            if guest.pair is not None:
-                guest.pair.close()
-            if guest.window is not None:
-                guest.window.close()
-        self._strangers.close()
+        for sender in self.senders.values():
+            if sender.pair is not None:
+                sender.pair.close()
+            if sender.window is not None:
+                sender.window.close()
+        self._failed_handshakes.close()

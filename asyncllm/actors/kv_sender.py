@@ -1,7 +1,7 @@
 """Sends K/V from a rank of a prefill node to ranks of decode nodes.
 
-Owns one connection to each rank of each decode node, and the data in transit. A taker that
-does not read only blocks a few pages that it was promised, and nothing of other takers.
+Owns one connection to each rank of each decode node, and the data in transit. A receiver that
+does not read only blocks a few pages that it was promised, and nothing of other receivers.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from asyncllm.messages.transfer import (
 from asyncllm.records import KvDestination
 
 AGAIN_S = 0.3  # between two attempts to connect
-MOST_FRAMES = 64  # read per iteration from one taker
+MOST_FRAMES = 64  # read per iteration from one receiver
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +64,9 @@ class _OutgoingPage:
     """A portion that has been announced.
 
     Attributes:
-        pulled: the taker has asked for it.
+        pulled: the receiver has asked for it.
         copied: its slots are no longer needed.
-        unwanted: the taker already had it.
+        unwanted: the receiver already had it.
         page: the page with its bytes; None: not yet, or no longer.
         busy: the page is in use by an operation that cannot be cancelled.
         stamp: in the page for as long as it holds these bytes.
@@ -110,12 +110,12 @@ class _ReceiverConnection:
     monitor: Monitor | None = None
     attempts: int = 0
     again: float = 0.0
-    way: str = ""
+    transport: str = ""
     tokens: int = 0
     next: int = 0
     pair: RankPair | None = None
-    lots: list[ExportChunk] = field(default_factory=list)
-    cargo: dict[int, _OutgoingPage] = field(default_factory=dict)
+    chunks: list[ExportChunk] = field(default_factory=list)
+    outgoing: dict[int, _OutgoingPage] = field(default_factory=dict)
     next_up: deque[int] = field(default_factory=deque)
     filled: deque[int] = field(default_factory=deque)
     leaving: dict[int, _OutgoingPage] = field(default_factory=dict)
@@ -135,15 +135,15 @@ class KvSender(TransferThread):
         self,
         share: KvShard,
         pages: PageBuffers,
-        ways: KvTransports,
+        transports: KvTransports,
         times: TransferTimeouts | None = None,
         *,
         keys: Sequence[CurveKeys],
     ) -> None:
         super().__init__(share, pages, times or TransferTimeouts(), zmq.Context())
-        self._keys, self._ways = keys, ways
+        self._keys, self._transports = keys, transports
         self._outbox = ExportTable()
-        self._lines: dict[tuple[str, str], _ReceiverConnection] = {}
+        self._receivers: dict[tuple[str, str], _ReceiverConnection] = {}
         self._to: dict[int, list[_ReceiverConnection]] = {}  # by rid
         self._partners: dict[int, tuple[int, ...]] = {}  # by the other server's tp
         self._ending: list[_ReceiverConnection] = []  # connections whose pages may still be read
@@ -156,57 +156,59 @@ class KvSender(TransferThread):
             case ExportKv(rid, to):
                 self._export(rid, to)
             case KvComputed():
-                lot = ExportChunk(
+                chunk = ExportChunk(
                     msg.rid, msg.seq, msg.step, msg.start, array("i", msg.slots), left=0
                 )
-                self._ready(self._outbox.computed(lot))
+                self._ready(self._outbox.computed(chunk))
             case StepFinished(step):
-                for lot in self._outbox.step_over(step):
-                    self._ready(lot)
+                for chunk in self._outbox.step_over(step):
+                    self._ready(chunk)
             case CancelTransfer(rid):
                 self._drop(rid, "its request has ended there")
-            case _:  # others are for the taker
+            case _:  # others are for the receiver
                 raise TypeError(type(msg).__name__)
 
     def _export(self, rid: int, to: KvDestination) -> None:
         tp = to.wire.tp
         if tp not in self._partners:
             self._partners[tp] = self.share.partners(tp, sent=True)
-        takers = self._partners[tp]
-        if not takers or rid in self._to:  # it only has padding heads
+        receivers = self._partners[tp]
+        if not receivers or rid in self._to:  # it only has padding heads
             return
-        self._outbox.export(OpenExport(rid, to.epoch, to.hit, to.length, takers))
-        self._to[rid] = [self._line(to, rank) for rank in takers]
-        for line in self._to[rid]:
-            line.epochs[to.epoch] = rid
-            if line.sock is not None:
-                self._tell(line, EpochOpened(to.epoch))
+        self._outbox.export(OpenExport(rid, to.epoch, to.hit, to.length, receivers))
+        self._to[rid] = [self._receiver(to, rank) for rank in receivers]
+        for receiver in self._to[rid]:
+            receiver.epochs[to.epoch] = rid
+            if receiver.sock is not None:
+                self._tell(receiver, EpochOpened(to.epoch))
 
-    def _ready(self, lot: ExportChunk | None) -> None:
-        if lot is None:
+    def _ready(self, chunk: ExportChunk | None) -> None:
+        if chunk is None:
             return
-        if lot.is_over():
-            self.say(KvSent(lot.rid, self.share.rank, lot.seq))
+        if chunk.is_over():
+            self.say(KvSent(chunk.rid, self.share.rank, chunk.seq))
             return
-        export = self._outbox.exports[lot.rid]
-        if lot.end == export.length:
+        export = self._outbox.exports[chunk.rid]
+        if chunk.end == export.length:
             export.computed = self.clock.now
-        for line in self._to[lot.rid]:
-            if line.way:
-                self._announce(line, lot)
+        for receiver in self._to[chunk.rid]:
+            if receiver.transport:
+                self._announce(receiver, chunk)
             else:
-                line.lots.append(lot)
+                receiver.chunks.append(chunk)
 
-    def _announce(self, line: _ReceiverConnection, lot: ExportChunk) -> None:
-        for portion in self._outbox.divide(lot, line.tokens):
-            line.next += 1
-            line.cargo[line.next] = _OutgoingPage(portion, portion.count * line.strips.width)
-            if line.way != TCP:  # it lies ready by the time that there is room for it
-                line.next_up.append(line.next)
+    def _announce(self, receiver: _ReceiverConnection, chunk: ExportChunk) -> None:
+        for portion in self._outbox.divide(chunk, receiver.tokens):
+            receiver.next += 1
+            receiver.outgoing[receiver.next] = _OutgoingPage(
+                portion, portion.count * receiver.strips.width
+            )
+            if receiver.transport != TCP:  # it lies ready by the time that there is room for it
+                receiver.next_up.append(receiver.next)
             self._tell(
-                line,
+                receiver,
                 PageAnnounced(
-                    number=line.next,
+                    number=receiver.next,
                     epoch=portion.epoch,
                     first=portion.first,
                     count=portion.count,
@@ -218,37 +220,37 @@ class KvSender(TransferThread):
         export = self._outbox.exports.get(rid)
         if export is None:
             return
-        for line in self._to.pop(rid):
-            line.epochs.pop(export.epoch, None)
-            for number, cargo in [*line.cargo.items()]:
-                if cargo.portion.epoch == export.epoch:
-                    self._unload(line, number)
-            if line is not silent and line.sock is not None:
-                self._tell(line, EpochClosed(export.epoch, why))
-        for lot in self._outbox.drop(rid):
-            self.say(KvSent(rid, self.share.rank, lot.seq))
+        for receiver in self._to.pop(rid):
+            receiver.epochs.pop(export.epoch, None)
+            for number, outgoing in [*receiver.outgoing.items()]:
+                if outgoing.portion.epoch == export.epoch:
+                    self._unload(receiver, number)
+            if receiver is not silent and receiver.sock is not None:
+                self._tell(receiver, EpochClosed(export.epoch, why))
+        for chunk in self._outbox.drop(rid):
+            self.say(KvSent(rid, self.share.rank, chunk.seq))
 
-    def _unload(self, line: _ReceiverConnection, number: int) -> None:
+    def _unload(self, receiver: _ReceiverConnection, number: int) -> None:
         """Drop a portion; its page becomes free as soon as nothing reads it."""
-        cargo = line.cargo.pop(number)
-        if not cargo.busy:
-            self._free(line, cargo)
+        outgoing = receiver.outgoing.pop(number)
+        if not outgoing.busy:
+            self._free(receiver, outgoing)
 
-    def _free(self, line: _ReceiverConnection, cargo: _OutgoingPage) -> None:
-        if cargo.page is not None:
-            self.pool.give(line.address, cargo.page)
-            cargo.page = None
+    def _free(self, receiver: _ReceiverConnection, outgoing: _OutgoingPage) -> None:
+        if outgoing.page is not None:
+            self.pool.give(receiver.address, outgoing.page)
+            outgoing.page = None
 
-    def _complete(self, line: _ReceiverConnection, epoch: int) -> None:
-        """A taker has everything it needs of a request."""
-        if (rid := line.epochs.pop(epoch, None)) is None:
+    def _complete(self, receiver: _ReceiverConnection, epoch: int) -> None:
+        """A receiver has everything it needs of a request."""
+        if (rid := receiver.epochs.pop(epoch, None)) is None:
             return
-        for number, cargo in [*line.cargo.items()]:
-            if cargo.portion.epoch == epoch:
-                self._taken(line, number)
-        left = self._to[rid] = [other for other in self._to[rid] if other is not line]
+        for number, outgoing in [*receiver.outgoing.items()]:
+            if outgoing.portion.epoch == epoch:
+                self._taken(receiver, number)
+        left = self._to[rid] = [other for other in self._to[rid] if other is not receiver]
         export = self._outbox.exports[rid]
-        export.takers = tuple(other.rank for other in left)
+        export.receivers = tuple(other.rank for other in left)
         if not left:
             if export.computed is not None:
                 self.counts.sent += 1
@@ -257,294 +259,306 @@ class KvSender(TransferThread):
 
     # -- connections -------------------------------------------------------------------------------
 
-    def _line(self, to: KvDestination, rank: int) -> _ReceiverConnection:
+    def _receiver(self, to: KvDestination, rank: int) -> _ReceiverConnection:
         key = to.node, to.addresses[rank]
-        if (line := self._lines.get(key)) is None:
+        if (receiver := self._receivers.get(key)) is None:
             strips = self.share.strips(to.wire.tp, rank, sent=True)
-            line = _ReceiverConnection(*key, to.wire.tp, rank, strips, self.clock.now)
-            self._lines[key] = line
-            self._connect(line)
-        return line
+            receiver = _ReceiverConnection(*key, to.wire.tp, rank, strips, self.clock.now)
+            self._receivers[key] = receiver
+            self._connect(receiver)
+        return receiver
 
-    def _connect(self, line: _ReceiverConnection) -> None:
+    def _connect(self, receiver: _ReceiverConnection) -> None:
         sock = self.ctx.socket(zmq.DEALER)
-        line.monitor = Monitor(sock, zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
+        receiver.monitor = Monitor(sock, zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
         sock.setsockopt(zmq.RECONNECT_IVL, -1)  # a new connection would be a new peer
         bounds(sock)
-        sock.setsockopt(zmq.IPV6, ipv6(line.address))
-        known_to(sock, self._keys[line.attempts % len(self._keys)])
+        sock.setsockopt(zmq.IPV6, ipv6(receiver.address))
+        known_to(sock, self._keys[receiver.attempts % len(self._keys)])
         try:
-            sock.connect(line.address)
+            sock.connect(receiver.address)
         except zmq.ZMQError as error:
-            log.warning("K/V cannot be sent to %s: %s", line.address, error)
-            self._disconnect(line)
+            log.warning("K/V cannot be sent to %s: %s", receiver.address, error)
+            self._disconnect(receiver)
             sock.close()
             return
-        line.sock, line.attempts = sock, line.attempts + 1
+        receiver.sock, receiver.attempts = sock, receiver.attempts + 1
         self.poller.register(sock, zmq.POLLIN)
         share = self.share
         self._tell(
-            line,
+            receiver,
             SenderHello(
-                node=line.node,
+                node=receiver.node,
                 name=share.name,
                 wire=share.wire,
                 rank=share.rank,
-                ways=self._ways.names,
-                machine=self._ways.machine,
-                memory=self._ways.memory,
+                transports=self._transports.names,
+                machine=self._transports.machine,
+                memory=self._transports.memory,
             ),
         )
-        for epoch in line.epochs:
-            self._tell(line, EpochOpened(epoch))
+        for epoch in receiver.epochs:
+            self._tell(receiver, EpochOpened(epoch))
 
-    def _disconnect(self, line: _ReceiverConnection) -> None:
-        if line.monitor is not None:
-            line.monitor.close()
-        if line.sock is not None:
-            self.poller.unregister(line.sock)
-            line.sock.close(0)
-        line.sock = line.monitor = None
-        line.control.clear()
-        line.again = self.clock.now + AGAIN_S
+    def _disconnect(self, receiver: _ReceiverConnection) -> None:
+        if receiver.monitor is not None:
+            receiver.monitor.close()
+        if receiver.sock is not None:
+            self.poller.unregister(receiver.sock)
+            receiver.sock.close(0)
+        receiver.sock = receiver.monitor = None
+        receiver.control.clear()
+        receiver.again = self.clock.now + AGAIN_S
 
-    def _hang_up(self, line: _ReceiverConnection, why: str) -> None:
+    def _hang_up(self, receiver: _ReceiverConnection, why: str) -> None:
         """The other side is gone or unusable: disconnect."""
-        if self._lines.pop((line.node, line.address), None) is None:
+        if self._receivers.pop((receiver.node, receiver.address), None) is None:
             return
-        if line.epochs:
+        if receiver.epochs:
             self.counts.lapses += 1
-            log.warning("K/V are not sent to %s any more: %s", line.address, why)
-        for rid in [*line.epochs.values()]:
-            self._drop(rid, why, silent=line)
-        for number in [*line.cargo]:
-            self._unload(line, number)
-        self._disconnect(line)
-        if line.pair is not None:
-            line.pair.close()
-            self._ending.append(line)
+            log.warning("K/V are not sent to %s any more: %s", receiver.address, why)
+        for rid in [*receiver.epochs.values()]:
+            self._drop(rid, why, silent=receiver)
+        for number in [*receiver.outgoing]:
+            self._unload(receiver, number)
+        self._disconnect(receiver)
+        if receiver.pair is not None:
+            receiver.pair.close()
+            self._ending.append(receiver)
 
-    def _tell(self, line: _ReceiverConnection, msg: Message) -> None:
-        line.control.say(msg, self.clock.now)
+    def _tell(self, receiver: _ReceiverConnection, msg: Message) -> None:
+        receiver.control.say(msg, self.clock.now)
 
     # -- what comes in -----------------------------------------------------------------------------
 
     def look(self, events: dict[Socket, int]) -> None:
-        for line in [*self._lines.values()]:
-            if line.sock is None:
+        for receiver in [*self._receivers.values()]:
+            if receiver.sock is None:
                 continue
-            if line.sock in events:
-                self._read(line)
-            if line.monitor is not None and line.monitor.take():
-                self._gone(line)
+            if receiver.sock in events:
+                self._read(receiver)
+            if receiver.monitor is not None and receiver.monitor.take():
+                self._gone(receiver)
 
-    def _gone(self, line: _ReceiverConnection) -> None:
-        if line.way:
-            self._hang_up(line, "its connection is closed")
+    def _gone(self, receiver: _ReceiverConnection) -> None:
+        if receiver.transport:
+            self._hang_up(receiver, "its connection is closed")
         else:
-            self._disconnect(line)  # it may not listen yet, or with another of the keys
+            self._disconnect(receiver)  # it may not listen yet, or with another of the keys
 
-    def _read(self, line: _ReceiverConnection) -> None:
+    def _read(self, receiver: _ReceiverConnection) -> None:
         for _ in range(MOST_FRAMES):
-            if line.sock is None:
+            if receiver.sock is None:
                 return
             try:
-                raw = line.sock.recv(zmq.NOBLOCK)
+                raw = receiver.sock.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
             try:
                 msg = decode(raw)
-                line.heard = self.clock.now
-                self._hear(line, msg)
+                receiver.heard = self.clock.now
+                self._hear(receiver, msg)
             except (CodecError, ProtocolViolation) as error:
                 self.counts.refused += 1
-                self._hang_up(line, str(error))
+                self._hang_up(receiver, str(error))
                 return
 
-    def _hear(self, line: _ReceiverConnection, msg: Message) -> None:
+    def _hear(self, receiver: _ReceiverConnection, msg: Message) -> None:
         match msg:
-            case SenderAdmitted(way, tokens) if not line.way and way in self._ways.names:
-                line.way, line.tokens = way, tokens
-                line.tokens = min(tokens, max(1, self.pages.size // max(1, line.strips.width)))
-                if way == NCCL:
-                    line.pair = self._ways.pair(0, self.bell.ring)
-                lots, line.lots = line.lots, []
-                for lot in lots:
-                    self._announce(line, lot)
-            case PullPage(number) if line.way:
-                if (cargo := line.cargo.get(number)) is not None:
-                    if cargo.pulled:
+            case SenderAdmitted(transport, tokens) if (
+                not receiver.transport and transport in self._transports.names
+            ):
+                receiver.transport, receiver.tokens = transport, tokens
+                receiver.tokens = min(
+                    tokens, max(1, self.pages.size // max(1, receiver.strips.width))
+                )
+                if transport == NCCL:
+                    receiver.pair = self._transports.pair(0, self.bell.ring)
+                chunks, receiver.chunks = receiver.chunks, []
+                for chunk in chunks:
+                    self._announce(receiver, chunk)
+            case PullPage(number) if receiver.transport:
+                if (outgoing := receiver.outgoing.get(number)) is not None:
+                    if outgoing.pulled:
                         raise ProtocolViolation(f"portion {number} is pulled twice")
-                    cargo.pulled = True
-                    if line.way == TCP:
-                        line.next_up.append(number)
-                    elif cargo.copied:
-                        self._go(line, number, cargo)
-            case PageReceived(number) if line.way:
-                self._taken(line, number)
+                    outgoing.pulled = True
+                    if receiver.transport == TCP:
+                        receiver.next_up.append(number)
+                    elif outgoing.copied:
+                        self._go(receiver, number, outgoing)
+            case PageReceived(number) if receiver.transport:
+                self._taken(receiver, number)
             case EpochClosed(epoch, ""):
-                self._complete(line, epoch)
+                self._complete(receiver, epoch)
             case EpochClosed(epoch, why):
-                if epoch in line.epochs:
-                    self._drop(line.epochs[epoch], why, silent=line)
-            case StoreValue(key, value) if line.pair is not None:
-                line.pair.known(key, value)
+                if epoch in receiver.epochs:
+                    self._drop(receiver.epochs[epoch], why, silent=receiver)
+            case StoreValue(key, value) if receiver.pair is not None:
+                receiver.pair.known(key, value)
             case TransferHeartbeat():
                 pass
             case TransferRefused(why):
-                self._hang_up(line, f"it refuses them: {why}")
+                self._hang_up(receiver, f"it refuses them: {why}")
             case _:
                 raise ProtocolViolation(f"a {type(msg).__name__} that it cannot have meant")
 
-    def _taken(self, line: _ReceiverConnection, number: int) -> None:
-        cargo = line.cargo.get(number)
-        if cargo is None:
+    def _taken(self, receiver: _ReceiverConnection, number: int) -> None:
+        outgoing = receiver.outgoing.get(number)
+        if outgoing is None:
             return  # of a request that has been dropped
-        if cargo.busy and not cargo.copied:
-            cargo.unwanted = True
+        if outgoing.busy and not outgoing.copied:
+            outgoing.unwanted = True
             return
-        self._unload(line, number)
-        if not cargo.copied:  # the taker had these positions already
-            cargo.portion.lot.copying += 1
-            self._copied(cargo.portion)
+        self._unload(receiver, number)
+        if not outgoing.copied:  # the receiver had these positions already
+            outgoing.portion.chunk.copying += 1
+            self._copied(outgoing.portion)
 
     def _copied(self, portion: PageRange) -> None:
         if self._outbox.copied(portion):
-            self.say(KvSent(portion.lot.rid, self.share.rank, portion.lot.seq))
+            self.say(KvSent(portion.chunk.rid, self.share.rank, portion.chunk.seq))
 
     # -- what goes out -----------------------------------------------------------------------------
 
     def work(self) -> int:
         waiting = 0
-        for line in [line for line in self._ending if line.pair and line.pair.closed]:
-            self._ending.remove(line)
-            for cargo in line.leaving.values():
-                self._free(line, cargo)
-        for line in [*self._lines.values()]:
-            if line.sock is not None and line.pair is not None:
-                self._step(line, line.pair)
+        for receiver in [
+            receiver for receiver in self._ending if receiver.pair and receiver.pair.closed
+        ]:
+            self._ending.remove(receiver)
+            for outgoing in receiver.leaving.values():
+                self._free(receiver, outgoing)
+        for receiver in [*self._receivers.values()]:
+            if receiver.sock is not None and receiver.pair is not None:
+                self._step(receiver, receiver.pair)
         self._fill()  # pages freed above
-        for line in [*self._lines.values()]:
-            if line.sock is None:
+        for receiver in [*self._receivers.values()]:
+            if receiver.sock is None:
                 continue
-            more = self._flush(line)
-            if line.sock is not None:
-                self.poller.modify(line.sock, zmq.POLLIN | (zmq.POLLOUT if more else 0))
-            waiting += len(line.next_up)
+            more = self._flush(receiver)
+            if receiver.sock is not None:
+                self.poller.modify(receiver.sock, zmq.POLLIN | (zmq.POLLOUT if more else 0))
+            waiting += len(receiver.next_up)
         self.counts.waiting = waiting
-        if any(line.cargo or line.lots for line in self._lines.values()):
+        if any(receiver.outgoing or receiver.chunks for receiver in self._receivers.values()):
             self.drained.clear()
         else:
             self.drained.set()
         return IDLE_MS
 
     def _fill(self) -> None:
-        """Copy the next portions into pages, round-robin over the takers."""
-        lines = [line for line in self._lines.values() if line.next_up]
-        while lines:
-            for line in [*lines]:
-                if not line.next_up or (line.pair is not None and not line.pair.ready):
-                    lines.remove(line)
+        """Copy the next portions into pages, round-robin over the receivers."""
+        receivers = [receiver for receiver in self._receivers.values() if receiver.next_up]
+        while receivers:
+            for receiver in [*receivers]:
+                if not receiver.next_up or (receiver.pair is not None and not receiver.pair.ready):
+                    receivers.remove(receiver)
                     continue
-                if (cargo := line.cargo.get(line.next_up[0])) is None:
-                    line.next_up.popleft()
+                if (outgoing := receiver.outgoing.get(receiver.next_up[0])) is None:
+                    receiver.next_up.popleft()
                     continue
                 # A portion that was asked for has a page there that others wait for. If pages that
                 # nobody has asked for held it up here, servers could wait in a circle.
-                spare = cargo.pulled or self.pool.free > 1
-                if not spare or (page := self.pool.take(line.address)) is None:
-                    lines.remove(line)
+                spare = outgoing.pulled or self.pool.free > 1
+                if not spare or (page := self.pool.take(receiver.address)) is None:
+                    receivers.remove(receiver)
                     continue
-                number = line.next_up.popleft()
-                portion = cargo.portion
-                portion.lot.copying += 1
+                number = receiver.next_up.popleft()
+                portion = outgoing.portion
+                portion.chunk.copying += 1
                 self._stamp += 1
-                cargo.page, cargo.busy, cargo.stamp = page, True, self._stamp
+                outgoing.page, outgoing.busy, outgoing.stamp = page, True, self._stamp
                 copied = self.pages.fill(
-                    page, line.strips, portion.slots, host=line.way == TCP, stamp=cargo.stamp
+                    page,
+                    receiver.strips,
+                    portion.slots,
+                    host=receiver.transport == TCP,
+                    stamp=outgoing.stamp,
                 )
-                self.copies.watch(copied, partial(self._filled, line, number, cargo))
+                self.copies.watch(copied, partial(self._filled, receiver, number, outgoing))
 
-    def _filled(self, line: _ReceiverConnection, number: int, cargo: _OutgoingPage) -> None:
-        cargo.busy, cargo.copied = False, True
-        self._copied(cargo.portion)
-        assert cargo.page is not None
-        if line.cargo.get(number) is not cargo:  # dropped in the meantime
-            self._free(line, cargo)
-        elif cargo.unwanted:
-            self._taken(line, number)
-        elif cargo.pulled or line.way == P2P:
-            self._go(line, number, cargo)
+    def _filled(self, receiver: _ReceiverConnection, number: int, outgoing: _OutgoingPage) -> None:
+        outgoing.busy, outgoing.copied = False, True
+        self._copied(outgoing.portion)
+        assert outgoing.page is not None
+        if receiver.outgoing.get(number) is not outgoing:  # dropped in the meantime
+            self._free(receiver, outgoing)
+        elif outgoing.unwanted:
+            self._taken(receiver, number)
+        elif outgoing.pulled or receiver.transport == P2P:
+            self._go(receiver, number, outgoing)
 
-    def _go(self, line: _ReceiverConnection, number: int, cargo: _OutgoingPage) -> None:
-        """Its bytes are in a page, and the taker has room for them, or looks for it."""
-        assert cargo.page is not None
-        self.counts.sent_bytes += cargo.nbytes
+    def _go(self, receiver: _ReceiverConnection, number: int, outgoing: _OutgoingPage) -> None:
+        """Its bytes are in a page, and the receiver has room for them, or looks for it."""
+        assert outgoing.page is not None
+        self.counts.sent_bytes += outgoing.nbytes
         self.counts.sent_pages += 1
         self._tell(
-            line,
-            PageFilled(number=number, page=cargo.page, nbytes=cargo.nbytes, stamp=cargo.stamp),
+            receiver,
+            PageFilled(
+                number=number, page=outgoing.page, nbytes=outgoing.nbytes, stamp=outgoing.stamp
+            ),
         )
-        if line.way == TCP:
-            line.filled.append(number)
-        elif line.pair is not None:
-            cargo.busy, line.leaving[number] = True, cargo
-            line.pair.send(number, self.pages.device(cargo.page)[: cargo.nbytes])
+        if receiver.transport == TCP:
+            receiver.filled.append(number)
+        elif receiver.pair is not None:
+            outgoing.busy, receiver.leaving[number] = True, outgoing
+            receiver.pair.send(number, self.pages.device(outgoing.page)[: outgoing.nbytes])
 
-    def _step(self, line: _ReceiverConnection, pair: RankPair) -> None:
+    def _step(self, receiver: _ReceiverConnection, pair: RankPair) -> None:
         """Advance the operations of communicators."""
         for key, value in pair.to_tell():
-            self._tell(line, StoreValue(key, value))
+            self._tell(receiver, StoreValue(key, value))
         for number in pair.done(self.clock.now):
-            cargo = line.leaving.pop(number)
-            cargo.busy = False
-            self._free(line, cargo)
+            outgoing = receiver.leaving.pop(number)
+            outgoing.busy = False
+            self._free(receiver, outgoing)
         if pair.failed:
-            self._hang_up(line, pair.failed)
+            self._hang_up(receiver, pair.failed)
 
-    def _flush(self, line: _ReceiverConnection) -> bool:
+    def _flush(self, receiver: _ReceiverConnection) -> bool:
         """Send what the socket accepts; returns whether there is more."""
-        assert line.sock is not None
+        assert receiver.sock is not None
         try:
-            line.control.flush(partial(line.sock.send, flags=zmq.NOBLOCK), self.clock.now)
-            while line.filled:
-                number = line.filled[0]
-                cargo = line.cargo.get(number)
-                if cargo is None or cargo.page is None:
-                    line.filled.popleft()
+            receiver.control.flush(partial(receiver.sock.send, flags=zmq.NOBLOCK), self.clock.now)
+            while receiver.filled:
+                number = receiver.filled[0]
+                outgoing = receiver.outgoing.get(number)
+                if outgoing is None or outgoing.page is None:
+                    receiver.filled.popleft()
                     continue
-                self._send_piece(line.sock, number, cargo)
-                if cargo.at == cargo.nbytes:
-                    line.filled.popleft()
-                    self._free(line, cargo)
+                self._send_piece(receiver.sock, number, outgoing)
+                if outgoing.at == outgoing.nbytes:
+                    receiver.filled.popleft()
+                    self._free(receiver, outgoing)
         except zmq.Again:
             return True
         return False
 
-    def _send_piece(self, sock: Socket, number: int, cargo: _OutgoingPage) -> None:
-        assert cargo.page is not None
-        end = min(cargo.at + PIECE, cargo.nbytes)
-        piece = self.pages.host(cargo.page)[cargo.at : end]
-        sock.send_multipart([encode(PageBytes(number, cargo.at)), piece], zmq.NOBLOCK)
-        cargo.at = end
+    def _send_piece(self, sock: Socket, number: int, outgoing: _OutgoingPage) -> None:
+        assert outgoing.page is not None
+        end = min(outgoing.at + PIECE, outgoing.nbytes)
+        piece = self.pages.host(outgoing.page)[outgoing.at : end]
+        sock.send_multipart([encode(PageBytes(number, outgoing.at)), piece], zmq.NOBLOCK)
+        outgoing.at = end
 
     # -- time --------------------------------------------------------------------------------------
 
     def tick(self) -> None:
         now = self.clock.now
-        for line in [*self._lines.values()]:
-            if now - line.heard > self.times.lapse_s:
-                self._hang_up(line, f"it has been silent for {self.times.lapse_s:g} s")
-            elif line.sock is None:
-                if now >= line.again:
-                    self._connect(line)
-            elif why := line.control.stuck(now, self.times.lapse_s):
-                self._hang_up(line, f"it {why}")
-            elif now - line.control.said > self.times.alive_s:
-                self._tell(line, TransferHeartbeat())
+        for receiver in [*self._receivers.values()]:
+            if now - receiver.heard > self.times.lapse_s:
+                self._hang_up(receiver, f"it has been silent for {self.times.lapse_s:g} s")
+            elif receiver.sock is None:
+                if now >= receiver.again:
+                    self._connect(receiver)
+            elif why := receiver.control.stuck(now, self.times.lapse_s):
+                self._hang_up(receiver, f"it {why}")
+            elif now - receiver.control.said > self.times.alive_s:
+                self._tell(receiver, TransferHeartbeat())
 
     def shut(self) -> None:
-        for line in self._lines.values():
-            if line.pair is not None:
-                line.pair.close()
-            self._disconnect(line)
+        for receiver in self._receivers.values():
+            if receiver.pair is not None:
+                receiver.pair.close()
+            self._disconnect(receiver)

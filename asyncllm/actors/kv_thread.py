@@ -1,7 +1,7 @@
-"""The thread that transfers K/V between servers; base of the sender and the taker.
+"""The thread that transfers K/V between servers; base of the sender and the receiver.
 
 Owns the thread, its sockets and its time. What a rank of a prefill node does in it is in
-``kv_sender``, what one of a decode node does in ``kv_taker``.
+``kv_sender``, what one of a decode node does in ``kv_receiver``.
 """
 
 from __future__ import annotations
@@ -93,12 +93,12 @@ class TransferCounters:
     taken_tokens: int = 0  # positions of whole requests
     transfers: int = 0  # completed transfers
     transfer_ms: float = 0.0  # of these, from the first sign of the sender to the last byte
-    sent: int = 0  # whole requests, to all takers
+    sent: int = 0  # whole requests, to all receivers
     tail_ms: float = 0.0  # of these, from the end of the last step until all has been taken
     lapses: int = 0
     waiting: int = 0  # portions ready to be sent that wait
     refused: int = 0  # connections that were ended for what came on them
-    strangers: int = 0  # connections that failed to authenticate
+    failed_handshakes: int = 0  # connections that failed to authenticate
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """K/V transfer: forwards the scheduler's messages to the thread that transfers K/V, and back.
 
-Owns that thread, and no other state: see ``kv_sender`` and ``kv_taker``.
+Owns that thread, and no other state: see ``kv_sender`` and ``kv_receiver``.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ class KvTransfer(Actor[TransferInbox]):
     remote = frozenset({ImportKv, ExportKv, KvComputed, CancelTransfer})
     orders = frozenset({Probe})
 
-    def __init__(self, mover: TransferThread, address: str = "") -> None:
+    def __init__(self, thread: TransferThread, address: str = "") -> None:
         super().__init__("kv_transfer")
-        self._mover, self._address = mover, address
+        self._thread, self._address = thread, address
         self._stopped = False
 
     @property
-    def strangers(self) -> int:
-        return self._mover.counts.strangers
+    def failed_handshakes(self) -> int:
+        return self._thread.counts.failed_handshakes
 
     def started(self) -> None:
         system = self.system
         group = system.topology[system.endpoint].group
         self._scheduler = system.ref("scheduler", system.topology.leader(group).id)
         self._watchdog = system.at_coordinator("watchdog")
-        self._mover.start(
+        self._thread.start(
             lambda batch: self._post(self._say, batch), lambda error: self._post(self._fail, error)
         )
         if self._address:
-            wire = self._mover.share.wire
+            wire = self._thread.share.wire
             system.at_coordinator("agent").tell(KvListening(system.endpoint, self._address, wire))
 
     def receive(self, batch: list[TransferInbox]) -> None:
@@ -73,18 +73,18 @@ class KvTransfer(Actor[TransferInbox]):
                 case _:
                     assert_never(msg)
         if moving:
-            self._mover.put(moving)
+            self._thread.put(moving)
 
     async def closing(self) -> None:
         """Wait until data in transit to others has arrived, unless they are gone."""
-        await asyncio.to_thread(self._mover.drained.wait, DRAINED_S)
+        await asyncio.to_thread(self._thread.drained.wait, DRAINED_S)
 
     def stopped(self) -> None:
         self._stopped = True
-        self._mover.close()
+        self._thread.close()
 
     def holds(self) -> str:
-        counts = self._mover.counts
+        counts = self._thread.counts
         moved = counts.sent_bytes + counts.taken_bytes
         return f"{moved / 1e9:.2f} GB moved, {counts.waiting} pages wait"
 
@@ -105,7 +105,7 @@ class KvTransfer(Actor[TransferInbox]):
         raise error
 
     def _stats(self, query: int) -> TransferStats:
-        counts = self._mover.counts
+        counts = self._thread.counts
         return TransferStats(
             query=query,
             endpoint=self.system.endpoint,

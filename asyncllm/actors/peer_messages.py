@@ -41,7 +41,7 @@ class PeerInfo:
 class PeerHello(Message):
     """Both directions, first: identifies the sender."""
 
-    card: PeerInfo
+    info: PeerInfo
 
 
 @message(66)
@@ -65,7 +65,7 @@ class PeerJoined(Message):
     """
 
     peer: int
-    card: PeerInfo
+    info: PeerInfo
     dialled: str
 
 
@@ -77,7 +77,7 @@ class PeerLeft(Message):
     """
 
     peer: int
-    card: PeerInfo
+    info: PeerInfo
     why: str
 
 

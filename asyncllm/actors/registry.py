@@ -35,7 +35,7 @@ from asyncllm.messages import (
 )
 
 MASTER, TENANT = "pd_master", "group"
-GUIDED = (MASTER, "prefill", "decode")  # roles that get the list of masters
+CONFIG_CLIENTS = (MASTER, "prefill", "decode")  # roles that get the list of masters
 
 Inbox = PeerMessage | PeerJoined | PeerLeft | PeerRefused
 
@@ -68,11 +68,13 @@ class Registry(Actor[Inbox]):
     def __init__(self, channel: Channel, open_store: Callable[[str, int], object]) -> None:
         super().__init__("registry")
         self._channel, self._open_store = channel, open_store
-        self._cards: dict[int, PeerInfo] = {}  # of all connected servers
+        self._infos: dict[int, PeerInfo] = {}  # of all connected servers
         self._masters: dict[int, MasterAddress] = {}  # masters that have registered
         self._ports: dict[int, _PortLease] = {}
         self._seeking: dict[int, int] = {}  # peer -> port
-        self._gone = Counter(dict.fromkeys((*GUIDED, TENANT), 0))  # by role, since the start
+        self._gone = Counter(
+            dict.fromkeys((*CONFIG_CLIENTS, TENANT), 0)
+        )  # by role, since the start
         self._denied = 0
 
     def started(self) -> None:
@@ -82,20 +84,20 @@ class Registry(Actor[Inbox]):
         self._ports.clear()  # closes their stores
 
     def holds(self) -> str:
-        return f"{len(self._masters)} masters, {len(self._cards)} peers, {len(self._ports)} ports"
+        return f"{len(self._masters)} masters, {len(self._infos)} peers, {len(self._ports)} ports"
 
     def receive(self, batch: list[Inbox]) -> None:
         for msg in batch:
             match msg:
                 case PeerMessage(peer, told):
-                    if peer in self._cards:
+                    if peer in self._infos:
                         self._told(peer, told)
-                case PeerJoined(peer, card):
-                    self._cards[peer] = card
-                    if card.role in GUIDED:
+                case PeerJoined(peer, info):
+                    self._infos[peer] = info
+                    if info.role in CONFIG_CLIENTS:
                         self._say_masters(peer)
-                case PeerLeft(peer, card, why):
-                    self._left(peer, card, why)
+                case PeerLeft(peer, info, why):
+                    self._left(peer, info, why)
                 case PeerRefused():
                     pass  # it connects to nobody
                 case _:
@@ -107,7 +109,7 @@ class Registry(Actor[Inbox]):
                 self._announced(peer, told)
             case Cancel():
                 for master in self._masters.keys() - {peer}:
-                    self.system.ref("guide", master).tell(told, urgent=True)
+                    self.system.ref("config_client", master).tell(told, urgent=True)
             case LeasePort():
                 self._claim(peer, told)
             case FindRendezvous(port):
@@ -129,9 +131,9 @@ class Registry(Actor[Inbox]):
             for master in self._masters.values()
         ]
         nodes = [
-            {"id": card.incarnation, "role": card.role, "address": card.name}
-            for card in self._cards.values()
-            if card.role in GUIDED[1:]
+            {"id": info.incarnation, "role": info.role, "address": info.name}
+            for info in self._infos.values()
+            if info.role in CONFIG_CLIENTS[1:]
         ]
         groups = [
             {"nccl_port": port, "owner": held.owner, "since": _iso(held.since)}
@@ -141,56 +143,56 @@ class Registry(Actor[Inbox]):
 
     def registered(self, process: ProcessCounters) -> RegistryMetrics:
         """The same as metrics, with those of the process."""
-        present = dict.fromkeys((*GUIDED, TENANT), 0) | Counter(
-            card.role for card in self._cards.values()
+        present = dict.fromkeys((*CONFIG_CLIENTS, TENANT), 0) | Counter(
+            info.role for info in self._infos.values()
         )
         return RegistryMetrics(present, self._gone, len(self._ports), self._denied, process)
 
     # -- who comes and goes -----------------------------------------------------------------------
 
-    def _complaint(self, card: PeerInfo) -> str | None:
+    def _complaint(self, info: PeerInfo) -> str | None:
         """Why a connecting server is refused, or None. One that has restarted replaces its former
         self."""
-        if card.role not in (*GUIDED, TENANT):
-            return f"a config_server takes no {card.role!r}"
-        for peer, other in [*self._cards.items()]:
-            same = (other.role, other.name) == (card.role, card.name)
-            if same and other.incarnation != card.incarnation:
+        if info.role not in (*CONFIG_CLIENTS, TENANT):
+            return f"a config_server takes no {info.role!r}"
+        for peer, other in [*self._infos.items()]:
+            same = (other.role, other.name) == (info.role, info.name)
+            if same and other.incarnation != info.incarnation:
                 self._channel.drop(peer, "another process has its address")
         return None
 
-    def _left(self, peer: int, card: PeerInfo, why: str) -> None:
-        self._gone[card.role] += self._cards.pop(peer, None) is not None
+    def _left(self, peer: int, info: PeerInfo, why: str) -> None:
+        self._gone[info.role] += self._infos.pop(peer, None) is not None
         self._seeking.pop(peer, None)
         for port in [port for port, held in self._ports.items() if held.peer == peer]:
-            log.info("port %d is free again: %s has gone", port, card.name)
+            log.info("port %d is free again: %s has gone", port, info.name)
             del self._ports[port]  # and the store with it
         if self._masters.pop(peer, None) is not None:
-            log.warning("%s is lost: %s", card, why)
-            self._say_masters(*self._cards)
+            log.warning("%s is lost: %s", info, why)
+            self._say_masters(*self._infos)
 
     def _announced(self, peer: int, msg: AnnounceMaster) -> None:
-        card = self._cards[peer]
-        if card.role != MASTER:
-            self._channel.drop(peer, f"it is no {MASTER}, but {card.role}")
+        info = self._infos[peer]
+        if info.role != MASTER:
+            self._channel.drop(peer, f"it is no {MASTER}, but {info.role}")
             return
         self._masters[peer] = MasterAddress(
-            id=card.incarnation, address=card.name, host=msg.host, port=msg.port, since=time()
+            id=info.incarnation, address=info.name, host=msg.host, port=msg.port, since=time()
         )
-        log.info("%s has registered; nodes reach it at %s:%d", card, msg.host, msg.port)
-        self._say_masters(*self._cards)
+        log.info("%s has registered; nodes reach it at %s:%d", info, msg.host, msg.port)
+        self._say_masters(*self._infos)
 
     def _say_masters(self, *peers: int) -> None:
         msg = MasterList(tuple(self._masters.values()))
         for peer in peers:
-            if self._cards[peer].role in GUIDED:
-                self.system.ref("guide", peer).tell(msg)
+            if self._infos[peer].role in CONFIG_CLIENTS:
+                self.system.ref("config_client", peer).tell(msg)
 
     # -- where ranks meet -------------------------------------------------------------------------
 
     def _claim(self, peer: int, msg: LeasePort) -> None:
         """Lease a port to a server for as long as it is connected."""
-        owner = self._cards[peer].name
+        owner = self._infos[peer].name
         held = self._ports.get(msg.port)
         if held is not None and held.peer != peer:
             self._deny(peer, msg.port, f"the ranks of {held.owner} meet there")
@@ -211,7 +213,7 @@ class Registry(Actor[Inbox]):
 
     def _deny(self, peer: int, port: int, why: str) -> None:
         self._denied += 1
-        log.warning("port %d is not for %s: %s", port, self._cards[peer].name, why)
+        log.warning("port %d is not for %s: %s", port, self._infos[peer].name, why)
         self.system.ref("tenant", peer).tell(LeaseDenied(port, why))
 
     def _say_where(self, port: int) -> None:

@@ -213,7 +213,7 @@ class Scheduler(Actor[Inbox]):
 
     def holds(self) -> str:
         running, total = len(self.core.running), len(self.core.requests)
-        moves = len(self.core.moves.inflows), len(self.core.moves.outflows)
+        moves = len(self.core.moves.incoming), len(self.core.moves.outgoing)
         waits = (
             " for the allocator" * self._asked
             + " for the other groups" * (self._offered is not None)
@@ -270,7 +270,7 @@ class Scheduler(Actor[Inbox]):
         """End the requests of a process without answers; ignore messages it sent before its end."""
         self._gone.add(endpoint)
         self._stalled = False
-        rids = [*self.core.requests, *self.core.moves.outflows]
+        rids = [*self.core.requests, *self.core.moves.outgoing]
         for rid in [rid for rid in rids if rid >> FRONTEND_SHIFT == endpoint]:
             self.core.abort(rid)
 
@@ -453,7 +453,7 @@ class Scheduler(Actor[Inbox]):
                 self._read(endpoint).tell(told)
         if self._balanced and (begun or ended or left):
             # an abort may still arrive for one whose K/V are in transit
-            over = [end.rid for end in ended if end.rid not in self.core.moves.outflows]
+            over = [end.rid for end in ended if end.rid not in self.core.moves.outgoing]
             rids = array(INT64, begun), array(INT64, over + left)
             self._balancer.tell(GroupProgress(self.system.endpoint, *rids))
         begun.clear()

@@ -83,14 +83,14 @@ class ActorSystem:
         return sum(way.foreign_frames for way in (self._wire, self._channel) if way)
 
     @property
-    def strangers(self) -> int:
+    def failed_handshakes(self) -> int:
         """Connections to our ports that failed authentication."""
         ways = (way for way in (self._wire, self._channel) if way)
-        return sum(end.strangers for end in (*ways, *self._actors.values()))
+        return sum(end.failed_handshakes for end in (*ways, *self._actors.values()))
 
     def counted(self, others: tuple[int, int] = (0, 0)) -> tuple[int, int]:
         """Foreign frames and strangers, with those of ``others``."""
-        return self.foreign_frames + others[0], self.strangers + others[1]
+        return self.foreign_frames + others[0], self.failed_handshakes + others[1]
 
     def state(self) -> Iterator[str]:
         """A line per actor: its mailbox, busy time and work. Thread-safe."""
@@ -296,7 +296,7 @@ class ActorSystem:
     def _peer_changed(self, msg: PeerJoined | PeerLeft | PeerRefused) -> None:
         names = {self._channel_owner, *self._channel_owners.values()}
         if not isinstance(msg, PeerRefused):
-            names = {self._channel_owners.get(msg.card.role, self._channel_owner)}
+            names = {self._channel_owners.get(msg.info.role, self._channel_owner)}
         for name in names:
             if (owner := self._actors.get(name)) is not None and not self.over:
                 owner.put(msg, urgent=True)

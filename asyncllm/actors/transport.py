@@ -92,10 +92,10 @@ def protected(sock: Socket, keys: CurveKeys) -> HandshakeFailures:
     Returns:
         a counter of the others.
     """
-    strangers = HandshakeFailures(sock)
+    failed_handshakes = HandshakeFailures(sock)
     sock.setsockopt(zmq.CURVE_SERVER, 1)
     sock.setsockopt_string(zmq.CURVE_SECRETKEY, keys.secret)
-    return strangers
+    return failed_handshakes
 
 
 def known_to(sock: Socket, server: CurveKeys, own: CurveKeys | None = None) -> None:
@@ -228,15 +228,15 @@ class Transport:
         self._in = self._ctx.socket(zmq.PULL)
         self._in.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
         self._in.setsockopt(zmq.IPV6, ipv6(wire.address))
-        self._strangers = protected(self._in, wire.keys)
+        self._failed_handshakes = protected(self._in, wire.keys)
         try:
             self._in.bind(wire.address)
         except zmq.ZMQError as error:
-            self._strangers.close()
+            self._failed_handshakes.close()
             self._in.close()
             self._ctx.term()
             raise StartupError(f"cannot listen on {wire.address}: {error}") from error
-        self._strangers.watch(self._loop)
+        self._failed_handshakes.watch(self._loop)
         self.address = self._in.getsockopt_string(zmq.LAST_ENDPOINT)
         if wire.advertised:
             self.address = tcp(wire.advertised, int(self.address.rpartition(":")[2]))
@@ -293,9 +293,9 @@ class Transport:
         self._foreign_log.warning("foreign frame dropped: %s", why)
 
     @property
-    def strangers(self) -> int:
+    def failed_handshakes(self) -> int:
         """Connections that failed to authenticate."""
-        return self._strangers.count()
+        return self._failed_handshakes.count()
 
     def pause(self) -> None:
         """Stop delivering; sending continues."""
@@ -308,7 +308,7 @@ class Transport:
         self.pause()
         for out in self._outs.values():
             out.close()
-        self._strangers.close(self._loop)
+        self._failed_handshakes.close(self._loop)
         self._in.close()
         self._ctx.term()
 

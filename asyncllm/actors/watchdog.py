@@ -149,7 +149,7 @@ class WatchdogHooks:
     clock: Callable[[], float] = perf_counter  # on Linux the same in all processes
     beat: Callable[[int, float], None] = lambda _endpoint, _now: None
     last_beat: Callable[[int], float] = lambda _: 0.0
-    note: Callable[[int, int, int], None] = lambda _endpoint, _foreign, _strangers: None
+    note: Callable[[int, int, int], None] = lambda _endpoint, _foreign, _failed_handshakes: None
     others: Callable[[], tuple[int, int]] = lambda: (0, 0)
     exit: Callable[[int], None] = os._exit  # thread-safe; works even if the loop hangs
     kill: Callable[[int], None] = lambda _: None  # end an endpoint's process at once
@@ -175,16 +175,16 @@ class Watchdog(Actor[Inbox]):
         Mismatch: an endpoint and the coordinator cannot belong to one server.
     """
 
-    def __init__(self, duty: WatchdogConfig, means: WatchdogHooks | None = None) -> None:
+    def __init__(self, config: WatchdogConfig, hooks: WatchdogHooks | None = None) -> None:
         super().__init__("watchdog")
-        self._duty, self._means = duty, means or WatchdogHooks()
+        self._config, self._hooks = config, hooks or WatchdogHooks()
         self._leads = self._open = False
         self._absent: set[int] = set()  # not joined yet
         self._heard: dict[int, float] = {}  # from a peer's first heartbeat on
         self._due = self._beat_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._lags: deque[float] = deque(maxlen=100)
-        self._metrics = ServerMetrics(duty.model_name, duty.max_len, duty.linears)
+        self._metrics = ServerMetrics(config.model_name, config.max_len, config.linears)
         # drain: who still has work, and when to stop waiting
         self._busy: set[tuple[str, int]] | None = None
         self._deadline, self._aborting = 0.0, False
@@ -214,23 +214,23 @@ class Watchdog(Actor[Inbox]):
             self._absent = {e.id for e in topology.endpoints} - {me}
         else:
             self.remote = frozenset({Welcome, Halt, ServerLost})
-        now = self._means.clock()
-        self._due = now + self._means.tick_s
+        now = self._hooks.clock()
+        self._due = now + self._hooks.tick_s
         self._beat_at = self._logged_at = now
-        self._log_due = now + self._duty.log_every_s
+        self._log_due = now + self._config.log_every_s
         if self._leads:
-            self._open_doors()
+            self._start_serving()
         else:
             hello = Hello(
                 endpoint=me,
-                contract=self._duty.contract,
+                contract=self._config.contract,
                 node=topology[me].node,
                 address=self.system.address,
             )
             self.system.at_coordinator("watchdog").tell(hello, urgent=True)
         self._arm()
-        self._means.beat(me, now)
-        if self._means.watch_s > 0:
+        self._hooks.beat(me, now)
+        if self._hooks.watch_s > 0:
             self._watcher.start()
 
     def receive(self, batch: list[Inbox]) -> None:
@@ -240,7 +240,7 @@ class Watchdog(Actor[Inbox]):
                     self._hello(msg)
                 case Welcome(contract, topology):
                     me = self.system.topology[self.system.endpoint]
-                    check_member(topology, me.id, me.node, contract, self._duty.contract)
+                    check_member(topology, me.id, me.node, contract, self._config.contract)
                     self.system.join(topology)
                 case Cancel():
                     for endpoint in self.system.topology.placed("frontend"):
@@ -283,7 +283,7 @@ class Watchdog(Actor[Inbox]):
         if self._timer is not None:
             self._timer.cancel()
         self._ended.set()
-        self._means.guard(0.0)
+        self._hooks.guard(0.0)
 
     def tick(self) -> None:
         """Periodic checks: the loop's lateness, silent peers, due work.
@@ -291,13 +291,13 @@ class Watchdog(Actor[Inbox]):
         Raises:
             PeerLost: a peer is silent.
         """
-        now = self._means.clock()
+        now = self._hooks.clock()
         late = max(0.0, now - self._due)
-        self._due = now + self._means.tick_s
+        self._due = now + self._hooks.tick_s
         self._lags.append(late)
         self._metrics.lag(self.system.endpoint, late)
         system = self.system
-        self._means.note(system.endpoint, system.foreign_frames, system.strangers)
+        self._hooks.note(system.endpoint, system.foreign_frames, system.failed_handshakes)
         self._watch_peers(now, late)
         if self._busy is not None and now >= self._deadline:
             self._drain_timed_out(now)
@@ -305,14 +305,14 @@ class Watchdog(Actor[Inbox]):
             self._silence(self._probe)
             self._ask()
         if self._leads and now >= self._log_due:
-            self._log_due = now + self._duty.log_every_s
+            self._log_due = now + self._config.log_every_s
             self._log_wanted = True
             self._ask()
 
     # -- start and liveness ---------------------------------------------------------------------
 
     def _arm(self) -> None:
-        self._timer = self.system.loop.call_later(self._means.tick_s, self._on_timer)
+        self._timer = self.system.loop.call_later(self._hooks.tick_s, self._on_timer)
 
     def _on_timer(self) -> None:
         if not self.system.over:
@@ -330,13 +330,13 @@ class Watchdog(Actor[Inbox]):
             self.system.reject(msg, str(error))
             return
         try:
-            ours = self._duty.contract
+            ours = self._config.contract
             check_member(topology, msg.endpoint, msg.node, ours, msg.contract)
         except Mismatch:
             self._welcome(msg.endpoint)  # which will detect the same mismatch
             raise
         self._absent.discard(msg.endpoint)
-        self._heard[msg.endpoint] = self._means.clock()
+        self._heard[msg.endpoint] = self._hooks.clock()
         if self._busy is not None:
             self.system.ref("watchdog", msg.endpoint).tell(Halt(), urgent=True)
         elif self._open:  # it replaces another one
@@ -344,9 +344,9 @@ class Watchdog(Actor[Inbox]):
             self._welcome(*self._heard)
             self.system.ref("frontend", msg.endpoint).tell(Started(), urgent=True)
         else:
-            self._open_doors()
+            self._start_serving()
 
-    def _open_doors(self) -> None:
+    def _start_serving(self) -> None:
         """Called once all endpoints have joined."""
         if self._absent:
             return
@@ -357,7 +357,7 @@ class Watchdog(Actor[Inbox]):
                 self.system.ref(name, endpoint).tell(Started(), urgent=True)
 
     def _welcome(self, *endpoints: int) -> None:
-        welcome = Welcome(contract=self._duty.contract, topology=self.system.topology)
+        welcome = Welcome(contract=self._config.contract, topology=self.system.topology)
         for endpoint in endpoints:
             self.system.ref("watchdog", endpoint).tell(welcome, urgent=True)
 
@@ -392,7 +392,7 @@ class Watchdog(Actor[Inbox]):
         end = ServerLost(f"its group is lost: {why}")
         for rank in topology.group(group):
             system.ref("watchdog", rank.id).tell(end, urgent=True)
-            self._means.kill(rank.id)
+            self._hooks.kill(rank.id)
             self._heard.pop(rank.id, None)
         system.join(left)
         self._welcome(*self._heard)
@@ -402,15 +402,15 @@ class Watchdog(Actor[Inbox]):
         self._drained("scheduler", leader)
 
     def _watch_forever(self) -> None:
-        while not self._ended.wait(min(self._means.watch_s, self._duty.heartbeat_s)):
-            self._means.beat(self.system.endpoint, self._means.clock())
-            if self._duty.step_timeout_s > 0:
+        while not self._ended.wait(min(self._hooks.watch_s, self._config.heartbeat_s)):
+            self._hooks.beat(self.system.endpoint, self._hooks.clock())
+            if self._config.step_timeout_s > 0:
                 self.watch()
 
     def watch(self) -> None:
         """End the process if a step, or the loop, takes too long. Thread-safe."""
-        now, limit = self._means.clock(), self._duty.step_timeout_s
-        since = self._duty.busy_since()
+        now, limit = self._hooks.clock(), self._config.step_timeout_s
+        since = self._config.busy_since()
         if since is not None and now - since > limit:
             what = f"a step has not ended for {now - since:.1f} s"
         elif now - self._due > limit:
@@ -419,24 +419,24 @@ class Watchdog(Actor[Inbox]):
             return
         name = self.system.topology.name(self.system.endpoint)
         log.critical("%s: %s (--step_timeout)", name, what)
-        log.critical("in flight: %s", self._duty.in_flight() or "nothing")
-        self._means.dump()
-        self._means.exit(EXIT_HUNG)
+        log.critical("in flight: %s", self._config.in_flight() or "nothing")
+        self._hooks.dump()
+        self._hooks.exit(EXIT_HUNG)
 
     def _watch_peers(self, now: float, late: float) -> None:
         watched = self.system.topology.watched(self.system.endpoint)
         for peer in watched & self._heard.keys() if self._leads else watched:
-            if beat := self._means.last_beat(peer):
+            if beat := self._hooks.last_beat(peer):
                 self._heard[peer] = max(self._heard.get(peer, 0.0), beat)
-        if late > self._duty.heartbeat_s:  # the whole machine may have been stopped
+        if late > self._config.heartbeat_s:  # the whole machine may have been stopped
             self._heard = {peer: heard + late for peer, heard in self._heard.items()}
         if now < self._beat_at:
             return
-        self._beat_at = now + self._duty.heartbeat_s
-        if (limit := self._duty.step_timeout_s) > 0:
-            self._means.guard(limit + LAST_RESORT_S)
+        self._beat_at = now + self._config.heartbeat_s
+        if (limit := self._config.step_timeout_s) > 0:
+            self._hooks.guard(limit + LAST_RESORT_S)
         for peer, heard in [*self._heard.items()]:
-            if peer in watched and now - heard > self._duty.dead_after_s:
+            if peer in watched and now - heard > self._config.dead_after_s:
                 self._silent(peer, now - heard)
 
     def _silent(self, peer: int, seconds: float) -> None:
@@ -448,7 +448,7 @@ class Watchdog(Actor[Inbox]):
             raise PeerLost(what)
         log.error("%s: it is killed", what)
         del self._heard[peer]
-        self._means.kill(peer)
+        self._hooks.kill(peer)
 
     # -- the end --------------------------------------------------------------------------------
 
@@ -463,7 +463,7 @@ class Watchdog(Actor[Inbox]):
             placed = self.system.topology.placed
             working = [(who, e) for who in WORKERS for e in placed(who)]
             self._busy = {(who, e) for who, e in working if e not in self._absent}
-            self._deadline = self._means.clock() + timeout_s
+            self._deadline = self._hooks.clock() + timeout_s
             for who, endpoint in sorted(self._busy):
                 self.system.ref(who, endpoint).tell(Drain(timeout_s), urgent=True)
 
@@ -487,7 +487,7 @@ class Watchdog(Actor[Inbox]):
         for endpoint in self._heard:
             self.system.ref("watchdog", endpoint).tell(Halt(), urgent=True)
         for endpoint in self._absent:  # still loading, cannot be told
-            self._means.kill(endpoint)
+            self._hooks.kill(endpoint)
         self.system.stop()
 
     # -- numbers --------------------------------------------------------------------------------
@@ -505,7 +505,7 @@ class Watchdog(Actor[Inbox]):
             query=self._num_probes,
             scrapes=self._scrapes,
             log=self._log_wanted,
-            deadline=self._means.clock() + PROBE_S,
+            deadline=self._hooks.clock() + PROBE_S,
             silent=set(self.system.topology.reporters()),
         )
         self._scrapes, self._log_wanted = [], False
@@ -554,7 +554,7 @@ class Watchdog(Actor[Inbox]):
             (a.name, a.depth, a.busy_s, a.take_longest() if read else 0.0) for a in system.actors
         ]
         lag_ms = 1e3 * statistics.median(self._lags) if self._lags else 0.0
-        counts = system.dead_letters, *system.counted(self._means.others())
+        counts = system.dead_letters, *system.counted(self._hooks.others())
         self._metrics.update(state, ProcessCounters(actors, *counts, lag_ms))
         text = self._metrics.exposition() if read else b""
         for scrape in scrapes:
@@ -568,7 +568,7 @@ class Watchdog(Actor[Inbox]):
 
     def _log(self, state: StatsSnapshot) -> None:
         """Log throughput since the last line, if there was any activity."""
-        last, now = self._logged, self._means.clock()
+        last, now = self._logged, self._hooks.clock()
         span = now - self._logged_at
         self._logged, self._logged_at = state, now
         requests, slots = state.scheduler, state.allocator

@@ -26,7 +26,7 @@ class ExportChunk:
 
     Attributes:
         first: the position of the first slot.
-        left: portions, or takers for whom it is not divided yet, that still need the slots.
+        left: portions, or receivers for whom it is not divided yet, that still need the slots.
         copying: running copies of it.
         dropped: nobody needs it any longer.
         said: it was reported that its slots are free.
@@ -56,17 +56,17 @@ class ExportChunk:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PageRange:
-    """Adjacent positions of a lot, for one taker: a page of bytes."""
+    """Adjacent positions of a lot, for one receiver: a page of bytes."""
 
-    lot: ExportChunk
+    chunk: ExportChunk
     epoch: int
     first: int
     count: int
 
     @property
     def slots(self) -> array[int]:
-        at = self.first - self.lot.first
-        return self.lot.slots[at : at + self.count]
+        at = self.first - self.chunk.first
+        return self.chunk.slots[at : at + self.count]
 
 
 @dataclass(slots=True, eq=False)
@@ -75,7 +75,7 @@ class OpenExport:
 
     Attributes:
         hit, length: the positions that are.
-        takers: ranks there that still get something from this one.
+        receivers: ranks there that still get something from this one.
         lots: lots whose slots are not free yet, by number.
         computed: when the last of them could be sent; None: not yet.
     """
@@ -84,8 +84,8 @@ class OpenExport:
     epoch: int
     hit: int
     length: int
-    takers: tuple[int, ...]
-    lots: dict[int, ExportChunk] = field(default_factory=dict)
+    receivers: tuple[int, ...]
+    chunks: dict[int, ExportChunk] = field(default_factory=dict)
     computed: float | None = None
 
 
@@ -101,51 +101,53 @@ class ExportTable:
         """A request that will be sent. A second one of its rid is ignored."""
         self.exports.setdefault(export.rid, export)
 
-    def computed(self, lot: ExportChunk) -> ExportChunk | None:
+    def computed(self, chunk: ExportChunk) -> ExportChunk | None:
         """Take in a chunk; gives it if it can be sent now. Its ``left`` and place are set here.
 
         One of which nothing is wanted is over at once.
         """
-        export = self.exports.get(lot.rid)
+        export = self.exports.get(chunk.rid)
         if export is None:
-            lot.left = 0
-            return lot
-        first, end = max(lot.first, export.hit), min(lot.end, export.length)
-        at = first - lot.first
-        lot.slots = lot.slots[at : at + end - first] if first < end else array("i")
-        lot.first, lot.left = first, len(export.takers) if lot.slots else 0
-        if lot.left == 0:
-            return lot
-        export.lots[lot.seq] = lot
-        if lot.step <= self._over:
-            return lot
-        self._waiting.append(lot)
+            chunk.left = 0
+            return chunk
+        first, end = max(chunk.first, export.hit), min(chunk.end, export.length)
+        at = first - chunk.first
+        chunk.slots = chunk.slots[at : at + end - first] if first < end else array("i")
+        chunk.first, chunk.left = first, len(export.receivers) if chunk.slots else 0
+        if chunk.left == 0:
+            return chunk
+        export.chunks[chunk.seq] = chunk
+        if chunk.step <= self._over:
+            return chunk
+        self._waiting.append(chunk)
         return None
 
     def step_over(self, step: int) -> list[ExportChunk]:
         """This step and all before it have finished; gives what can be sent now."""
         self._over = max(self._over, step)
-        ready = [lot for lot in self._waiting if lot.step <= self._over and not lot.dropped]
-        self._waiting = [lot for lot in self._waiting if lot.step > self._over and not lot.dropped]
+        ready = [chunk for chunk in self._waiting if chunk.step <= self._over and not chunk.dropped]
+        self._waiting = [
+            chunk for chunk in self._waiting if chunk.step > self._over and not chunk.dropped
+        ]
         return ready
 
-    def divide(self, lot: ExportChunk, tokens: int) -> list[PageRange]:
-        """Portions of a lot for one taker, of at most so many tokens; none of a dropped one."""
-        export = self.exports.get(lot.rid)
-        if lot.dropped or export is None:
+    def divide(self, chunk: ExportChunk, tokens: int) -> list[PageRange]:
+        """Portions of a lot for one receiver, of at most so many tokens; none of a dropped one."""
+        export = self.exports.get(chunk.rid)
+        if chunk.dropped or export is None:
             return []
-        firsts = range(lot.first, lot.end, tokens)
-        lot.left += len(firsts) - 1
-        return [PageRange(lot, export.epoch, at, min(tokens, lot.end - at)) for at in firsts]
+        firsts = range(chunk.first, chunk.end, tokens)
+        chunk.left += len(firsts) - 1
+        return [PageRange(chunk, export.epoch, at, min(tokens, chunk.end - at)) for at in firsts]
 
     def copied(self, portion: PageRange) -> bool:
         """A copy is done; returns whether the lot's slots are free now."""
-        lot = portion.lot
-        lot.copying -= 1
-        lot.left -= 1
-        over = lot.is_over()
-        if over and (export := self.exports.get(lot.rid)) is not None:
-            export.lots.pop(lot.seq, None)
+        chunk = portion.chunk
+        chunk.copying -= 1
+        chunk.left -= 1
+        over = chunk.is_over()
+        if over and (export := self.exports.get(chunk.rid)) is not None:
+            export.chunks.pop(chunk.seq, None)
         return over
 
     def drop(self, rid: int) -> list[ExportChunk]:
@@ -156,10 +158,10 @@ class ExportTable:
         export = self.exports.pop(rid, None)
         if export is None:
             return []
-        for lot in export.lots.values():
-            lot.dropped = True
-        self._waiting = [lot for lot in self._waiting if not lot.dropped]
-        return [lot for lot in export.lots.values() if lot.is_over()]
+        for chunk in export.chunks.values():
+            chunk.dropped = True
+        self._waiting = [chunk for chunk in self._waiting if not chunk.dropped]
+        return [chunk for chunk in export.chunks.values() if chunk.is_over()]
 
 
 @dataclass(slots=True, eq=False)

@@ -156,7 +156,7 @@ class ProcessCounters:
     actors: Sequence[tuple[str, int, float, float]] = ()
     dead_letters: int = 0
     foreign_frames: int = 0  # of all processes of its node
-    strangers: int = 0
+    failed_handshakes: int = 0
     lag_ms: float = 0.0  # median lateness of its loop
 
 
@@ -479,7 +479,7 @@ def _of_process(process: ProcessCounters) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "asyncllm_strangers",
         "Connections to internal ports that failed authentication",
-        value=process.strangers,
+        value=process.failed_handshakes,
     )
 
 

@@ -129,7 +129,7 @@ class RequestLifecycle:
             self.moves.end(rid)  # it may have moved on while its K/V are still in transit
 
     def abort_all(self) -> None:
-        for rid in [*self.requests, *self.moves.outflows]:
+        for rid in [*self.requests, *self.moves.outgoing]:
             self.abort(rid)
 
     def stop(self, rid: int, num_tokens: int) -> None:
@@ -203,8 +203,8 @@ class RequestLifecycle:
             self._let_go(lane)
 
     def _answered(self, rid: int, rank: int, why: str | None) -> None:
-        flow = self.moves.inflows.get(rid)
-        if flow is None or rank not in flow.touch.ranks:
+        flow = self.moves.incoming.get(rid)
+        if flow is None or rank not in flow.slot_hold.ranks:
             return
         if why is not None and not flow.void and (req := self.importing.get(rid)):
             self.moves.lapses += 1
@@ -212,7 +212,7 @@ class RequestLifecycle:
             self._end(req, FinishReason.ERROR, failure=Failure(detail, "transfer_failed", 503))
         if self.moves.answered(rid, rank, lapsed=why is not None) is None:
             return
-        lane = flow.touch.lane
+        lane = flow.slot_hold.lane
         self._let_go(lane)
         if not (flow.void or flow.lapsed):
             req = self.importing[rid]
@@ -341,7 +341,7 @@ class RequestLifecycle:
 
     def _let_go(self, lane: Lane) -> None:
         """One row or touch less: release the lane if nobody reads or writes its slots any more."""
-        if lane.over and not (lane.inflight or lane.touches):
+        if lane.over and not (lane.inflight or lane.slot_holds):
             self._release(lane)
 
     def _release(self, lane: Lane) -> None:

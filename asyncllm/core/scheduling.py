@@ -378,8 +378,8 @@ class SchedulerCore(DraftScheduler):
             slots=granted.slots,
             sliding=granted.sliding,
             samples=bytearray(b"\1" * num),
-            siblings=granted.siblings,
-            commons=granted.commons,
+            prefix_order=granted.prefix_order,
+            shared_lens=granted.shared_lens,
         )
         step = Step(plan, rows)
         if self.speculation is None:
@@ -414,8 +414,8 @@ class SchedulerCore(DraftScheduler):
         plan = StepPlan(
             step=self.steps + 1,
             num_decode=len(singles),
-            siblings=granted.siblings,
-            commons=granted.commons,
+            prefix_order=granted.prefix_order,
+            shared_lens=granted.shared_lens,
         )
         step = Step(plan, [])
         for row, hit, count, part in singles + others:

@@ -27,14 +27,14 @@ class SharedPrefixIndex:
 
     def __init__(self, least: int = LEAST) -> None:
         self.least = least
-        self.order, self.commons = array("i"), array("i")
+        self.order, self.shared_lens = array("i"), array("i")
         self._told: tuple[array[int], array[int]] | None = None
 
     def columns(self) -> tuple[array[int], array[int]]:
         """Both columns, read-only; empty if no lanes share a prefix."""
         if self._told is None:
-            shared = any(self.commons)
-            self._told = (self.order[:], self.commons[:]) if shared else NOBODY
+            shared = any(self.shared_lens)
+            self._told = (self.order[:], self.shared_lens[:]) if shared else NOBODY
         return self._told
 
     def join(self, lane: int, node: RadixNode, end: int) -> None:
@@ -44,27 +44,27 @@ class SharedPrefixIndex:
             node.member = lane
             end -= len(node.key)
             node = node.parent
-        order, commons = self.order, self.commons
+        order, shared_lens = self.order, self.shared_lens
         at, common = len(order), 0
         if end >= self.least:
             at, common = order.index(node.member) + 1, end
-            while at < len(order) and commons[at] > common:
+            while at < len(order) and shared_lens[at] > common:
                 at += 1  # lanes that share more with that one stay next to it
         order.insert(at, lane)
-        commons.insert(at, common)
+        shared_lens.insert(at, common)
 
     def leave(self, lane: int, node: RadixNode, end: int) -> None:
         """Remove a lane that is in the tree down to ``node``, which ends at token ``end``."""
         self._told = None
-        order, commons = self.order, self.commons
+        order, shared_lens = self.order, self.shared_lens
         at, last = order.index(lane), len(order) - 1
-        left, before = (order[at - 1], commons[at]) if at else (-1, 0)
-        right, behind = (order[at + 1], commons[at + 1]) if at < last else (-1, 0)
+        left, before = (order[at - 1], shared_lens[at]) if at else (-1, 0)
+        right, behind = (order[at + 1], shared_lens[at + 1]) if at < last else (-1, 0)
         while node.parent is not None:
             if node.member == lane:
                 node.member = left if before >= end else right if behind >= end else -1
             end -= len(node.key)
             node = node.parent
         if at < last:
-            commons[at + 1] = min(before, behind)
-        del order[at], commons[at]
+            shared_lens[at + 1] = min(before, behind)
+        del order[at], shared_lens[at]

@@ -73,12 +73,12 @@ class Ledger:
         *,
         use_tree: bool = True,
         tree: RadixTree | None = None,
-        siblings: SharedPrefixIndex | None = None,
+        prefix_order: SharedPrefixIndex | None = None,
     ) -> None:
         self.pool = SlotPool(total)
         self.tree = tree or RadixTree()
         self.lanes: dict[int, LaneSlots] = {}
-        self._use_tree, self._siblings = use_tree, siblings
+        self._use_tree, self._shared_prefixes = use_tree, prefix_order
         self.hit_tokens = self.looked_up_tokens = self.evicted_tokens = 0
 
     @property
@@ -130,9 +130,16 @@ class Ledger:
             hits.append(row[0])
             granted.append(len(row[1]) - row[0])
             out.extend(row[1])
-        order, commons = NOBODY if self._siblings is None else self._siblings.columns()
+        order, shared_lens = (
+            NOBODY if self._shared_prefixes is None else self._shared_prefixes.columns()
+        )
         return SlotsGranted(
-            hits, granted, out, available=self.available, siblings=order, commons=commons
+            hits,
+            granted,
+            out,
+            available=self.available,
+            prefix_order=order,
+            shared_lens=shared_lens,
         )
 
     def trim(self, lane: int, num: int) -> None:
@@ -163,8 +170,8 @@ class Ledger:
         self.pool.give(held.duplicates)
         self.pool.give(held.slots[held.shared :])
         if held.node is not None:
-            if self._siblings is not None:
-                self._siblings.leave(lane, held.node, held.shared)
+            if self._shared_prefixes is not None:
+                self._shared_prefixes.leave(lane, held.node, held.shared)
             self.tree.unlock(held.node)
 
     def _num_singles(
@@ -226,8 +233,8 @@ class Ledger:
             self.looked_up_tokens += len(ids)
         slots.extend(self._take(count))
         self.lanes[lane] = LaneSlots(ids, slots[:], node, hit, hit)
-        if node is not None and self._siblings is not None:
-            self._siblings.join(lane, node, hit)
+        if node is not None and self._shared_prefixes is not None:
+            self._shared_prefixes.join(lane, node, hit)
         return hit, slots
 
     def _fitting(self, count: int) -> int:
@@ -259,5 +266,5 @@ class Ledger:
         held.shared = end
         if held.same == start and not known:
             held.same = end
-            if self._siblings is not None:
+            if self._shared_prefixes is not None:
                 held.node.member = lane  # no other lane has these slots

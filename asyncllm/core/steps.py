@@ -45,7 +45,7 @@ class Lane:
     # for K/V transfers, see core.moving
     imports: bool = False  # its slots are filled by transfers
     imported: array[int] = field(default_factory=lambda: array(INT32))  # not in any step yet
-    touches: int = 0  # transfers that may still access its slots
+    slot_holds: int = 0  # transfers that may still access its slots
 
 
 @dataclass(slots=True, eq=False)

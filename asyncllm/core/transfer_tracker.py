@@ -32,7 +32,7 @@ class SlotHold:
 class IncomingKv:
     """A request's K/V in transit to this server."""
 
-    touch: SlotHold
+    slot_hold: SlotHold
     num_tokens: int
     void: bool = False  # no longer wanted
     lapsed: bool = False  # a rank did not receive all
@@ -45,7 +45,7 @@ class OutgoingKv:
     to: KvDestination
     end: int  # end of the positions sent to the ranks so far
     num_told: int = 0
-    touches: dict[int, SlotHold] = field(default_factory=dict)  # by Computed.seq
+    slot_holds: dict[int, SlotHold] = field(default_factory=dict)  # by Computed.seq
     ended: bool = False  # the request has
     void: bool = False  # the ranks have been told to forget it
 
@@ -68,8 +68,8 @@ class TransferTracker:
 
     def __init__(self, num_ranks: int) -> None:
         self._ranks = frozenset(range(num_ranks))
-        self.inflows: dict[int, IncomingKv] = {}  # by rid, as those below
-        self.outflows: dict[int, OutgoingKv] = {}
+        self.incoming: dict[int, IncomingKv] = {}  # by rid, as those below
+        self.outgoing: dict[int, OutgoingKv] = {}
         self.told: list[TransferOrder] = []
         self.left: list[int] = []
         self.placed: list[tuple[int, int, int]] = []
@@ -78,35 +78,35 @@ class TransferTracker:
 
     def __bool__(self) -> bool:
         """Whether slots may still be touched, or an answer is awaited."""
-        return bool(self.inflows or self.outflows)
+        return bool(self.incoming or self.outgoing)
 
     @property
     def leaving(self) -> bool:
         """Slots of a retired lane will become free once a rank is done with them."""
-        touches = [flow.touch for flow in self.inflows.values()]
-        for flow in self.outflows.values():
-            touches += flow.touches.values()
-        return any(touch.lane.over for touch in touches)
+        slot_holds = [flow.slot_hold for flow in self.incoming.values()]
+        for flow in self.outgoing.values():
+            slot_holds += flow.slot_holds.values()
+        return any(slot_hold.lane.over for slot_hold in slot_holds)
 
     # in
 
     def expect(self, rid: int, lane: Lane, hit: int, slots: array[int]) -> None:
         """Allow K/V of the positions from ``hit`` on; ``slots`` are those of all positions."""
-        lane.touches += 1
-        self.inflows[rid] = IncomingKv(SlotHold(lane, set(self._ranks)), len(slots) - hit)
+        lane.slot_holds += 1
+        self.incoming[rid] = IncomingKv(SlotHold(lane, set(self._ranks)), len(slots) - hit)
         self.told.append(ImportKv(rid=rid, hit=hit, length=len(slots), slots=slots[hit:]))
 
     def answered(self, rid: int, rank: int, *, lapsed: bool) -> IncomingKv | None:
         """A rank has stopped writing; returns the import of this rid if it was the last rank."""
-        flow = self.inflows.get(rid)
-        if flow is None or rank not in flow.touch.ranks:
+        flow = self.incoming.get(rid)
+        if flow is None or rank not in flow.slot_hold.ranks:
             return None
-        flow.touch.ranks.remove(rank)
+        flow.slot_hold.ranks.remove(rank)
         flow.lapsed |= lapsed
-        if flow.touch.ranks:
+        if flow.slot_hold.ranks:
             return None
-        del self.inflows[rid]
-        flow.touch.lane.touches -= 1
+        del self.incoming[rid]
+        flow.slot_hold.lane.slot_holds -= 1
         if not (flow.lapsed or flow.void):
             self.imports += 1
             self.imported_tokens += flow.num_tokens
@@ -114,7 +114,7 @@ class TransferTracker:
 
     def drop(self, rid: int) -> None:
         """A request continues without its import."""
-        flow = self.inflows.get(rid)
+        flow = self.incoming.get(rid)
         if flow is not None and not flow.void:
             flow.void = True
             self.told.append(CancelTransfer(rid))
@@ -123,43 +123,43 @@ class TransferTracker:
 
     def export(self, rid: int, to: KvDestination) -> None:
         """A request's K/V will be sent to that server."""
-        self.outflows[rid] = OutgoingKv(to, to.hit)
+        self.outgoing[rid] = OutgoingKv(to, to.hit)
         self.told.append(ExportKv(rid, to))
 
     def computed(self, rid: int, lane: Lane, start: int, slots: array[int], step: int) -> None:
         """K/V from position ``start`` on will be computed when the step is over; what has been
         announced before is left out."""
-        flow = self.outflows[rid]
+        flow = self.outgoing[rid]
         first, end = max(start, flow.end), min(start + len(slots), flow.to.length)
         if first >= end:
             return
         assert first == flow.end, f"K/V of positions {flow.end} to {first} are left out"
         part = slots[first - start : end - start]
         computed = KvComputed(rid=rid, seq=flow.num_told, step=step, start=first, slots=part)
-        flow.touches[flow.num_told] = SlotHold(lane, set(self._ranks))
+        flow.slot_holds[flow.num_told] = SlotHold(lane, set(self._ranks))
         flow.end, flow.num_told = end, flow.num_told + 1
-        lane.touches += 1
+        lane.slot_holds += 1
         self.told.append(computed)
 
     def sent(self, rid: int, rank: int, seq: int) -> Lane | None:
         """A rank is done with the slots of a Computed; returns the lane if it was the last rank."""
-        if (flow := self.outflows.get(rid)) is None:
+        if (flow := self.outgoing.get(rid)) is None:
             return None
-        touch = flow.touches.get(seq)
-        if touch is None or rank not in touch.ranks:
+        slot_hold = flow.slot_holds.get(seq)
+        if slot_hold is None or rank not in slot_hold.ranks:
             return None
-        touch.ranks.remove(rank)
-        if touch.ranks:
+        slot_hold.ranks.remove(rank)
+        if slot_hold.ranks:
             return None
-        del flow.touches[seq]
-        touch.lane.touches -= 1
+        del flow.slot_holds[seq]
+        slot_hold.lane.slot_holds -= 1
         if self._close(rid, flow):
             self.left.append(rid)
-        return touch.lane
+        return slot_hold.lane
 
     def end(self, rid: int, *, moved: bool = False) -> None:
         """The request has ended; ``moved``: its exported K/V are still wanted."""
-        if (flow := self.outflows.get(rid)) is None:
+        if (flow := self.outgoing.get(rid)) is None:
             return
         flow.ended = True
         if not (moved or flow.void):
@@ -168,9 +168,9 @@ class TransferTracker:
         self._close(rid, flow)
 
     def _close(self, rid: int, flow: OutgoingKv) -> bool:
-        if not flow.ended or flow.touches:
+        if not flow.ended or flow.slot_holds:
             return False
-        del self.outflows[rid]
+        del self.outgoing[rid]
         if not flow.void:
             self.exports += 1
             self.exported_tokens += flow.end - flow.to.hit

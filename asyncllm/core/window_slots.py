@@ -53,10 +53,10 @@ class WindowLedger(Ledger):
         window: Window,
         *,
         use_tree: bool = True,
-        siblings: SharedPrefixIndex | None = None,
+        prefix_order: SharedPrefixIndex | None = None,
     ) -> None:
         self._tree, self._window = WindowTree(window), window
-        super().__init__(num.full, use_tree=use_tree, tree=self._tree, siblings=siblings)
+        super().__init__(num.full, use_tree=use_tree, tree=self._tree, prefix_order=prefix_order)
         self.sliding = SlotPool(num.sliding)
         self.views: dict[int, SlidingSlots] = {}
         self.evicted_sliding = 0

@@ -446,8 +446,10 @@ def _try_shared(device: CpuDevice | CudaDevice | DryDevice, max_len: int) -> Non
     most = len(device.engine.table) - 1
     for num in sorted({min(num, most) for num in (LEAST_ROWS, 4 * LEAST_ROWS, most)}):
         plan = even_plan([1] * num, max_len - 1, num_decode=num)
-        commons = i32([0] + [max_len - 1] * (num - 1))
-        plan = replace(plan, samples=bytearray(num), siblings=plan.lanes, commons=commons)
+        shared_lens = i32([0] + [max_len - 1] * (num - 1))
+        plan = replace(
+            plan, samples=bytearray(num), prefix_order=plan.lanes, shared_lens=shared_lens
+        )
         device.launch(plan).wait()
 
 

@@ -43,32 +43,32 @@ class SharedReads:
 
     def of(self, plan: StepPlan) -> SharedColumns | None:
         """None: no group pays off. Takes about 2 us if nothing has changed, else 30."""
-        if self.costs is None or not plan.siblings or plan.num_decode < LEAST_ROWS:
+        if self.costs is None or not plan.prefix_order or plan.num_decode < LEAST_ROWS:
             return None
         lanes = plan.lanes[: plan.num_decode]
-        key = plan.siblings, plan.commons, lanes
+        key = plan.prefix_order, plan.shared_lens, lanes
         if key != self._last:
             self._last = key
-            order, commons, rows = (np.frombuffer(column, np.int32) for column in key)
-            self._found = shared_columns(order, commons, rows, self.costs)
+            order, shared_lens, rows = (np.frombuffer(column, np.int32) for column in key)
+            self._found = shared_columns(order, shared_lens, rows, self.costs)
         if self._found is not None:
             self.saved += self._found.saved
         return self._found
 
 
 def shared_columns(
-    siblings: I32, commons: I32, lanes: I32, costs: SharingCosts
+    prefix_order: I32, shared_lens: I32, lanes: I32, costs: SharingCosts
 ) -> SharedColumns | None:
-    """Groups of the rows of ``lanes``, ordered by ``siblings``; both columns as in
+    """Groups of the rows of ``lanes``, ordered by ``prefix_order``; both columns as in
     ``StepPlan``."""
-    row_of = np.full(int(max(siblings.max(), lanes.max())) + 1, -1, np.int32)
+    row_of = np.full(int(max(prefix_order.max(), lanes.max())) + 1, -1, np.int32)
     row_of[lanes] = np.arange(len(lanes), dtype=np.int32)
-    rows = row_of[siblings]
+    rows = row_of[prefix_order]
     kept = np.flatnonzero(rows >= 0)
     if len(kept) < 2:
         return None
     # common with the previous row: the minimum over the lanes in between
-    common = np.minimum.reduceat(commons[: kept[-1] + 1], kept[:-1] + 1)
+    common = np.minimum.reduceat(shared_lens[: kept[-1] + 1], kept[:-1] + 1)
     common[common < costs.row] = 0
     chosen = _choose(_runs(common), costs, 0.0, MEMBERS * len(lanes))
     if len(chosen) > MAX_GROUPS:

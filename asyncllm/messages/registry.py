@@ -44,7 +44,7 @@ class AnnounceMaster(Message):
 
 @message(121)
 class MasterList(Message):
-    """registry -> guide, on every change; guide -> agent and frontends: all registered masters."""
+    """registry -> config_client, on every change; config_client -> agent and frontends: all registered masters."""
 
     masters: tuple[MasterAddress, ...]
     away: bool = False  # the config_server is unreachable: this is its last list

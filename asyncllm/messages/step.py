@@ -43,8 +43,8 @@ class SlotsGranted(Message):
     # outside every window have a dummy slot there that nobody reads
     sliding: array[int] = field(default_factory=int32s)
     sliding_available: int = 0
-    siblings: array[int] = field(default_factory=int32s)  # as in StepPlan, of all open lanes
-    commons: array[int] = field(default_factory=int32s)
+    prefix_order: array[int] = field(default_factory=int32s)  # as in StepPlan, of all open lanes
+    shared_lens: array[int] = field(default_factory=int32s)
 
 
 @message(12)
@@ -94,8 +94,8 @@ class StepPlan(Message):
     # window; empty: these use ``slots`` like all others
     # lanes, of this step or not, ordered so that those with the same first slots are adjacent, and
     # the length that each shares with the previous one (core/shared_prefixes.py)
-    siblings: array[int] = field(default_factory=int32s)
-    commons: array[int] = field(default_factory=int32s)
+    prefix_order: array[int] = field(default_factory=int32s)
+    shared_lens: array[int] = field(default_factory=int32s)
 
     def valid(self) -> bool:
         rows = len(self.lanes)
@@ -104,8 +104,8 @@ class StepPlan(Message):
             and are_natural(
                 self.lanes, self.starts, self.counts, self.cached_counts, self.slots, self.masked
             )
-            and are_natural(self.sliding, self.siblings, self.commons)
-            and len(self.siblings) == len(self.commons)
+            and are_natural(self.sliding, self.prefix_order, self.shared_lens)
+            and len(self.prefix_order) == len(self.shared_lens)
             and len(self.starts) == len(self.counts) == len(self.cached_counts) == rows
             and len(self.samples) == rows
             and 0 <= self.num_decode <= rows

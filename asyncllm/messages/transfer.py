@@ -1,8 +1,8 @@
-"""Messages between two ranks that transfer K/V: a prefill rank (sender), a decode rank (taker).
+"""Messages between two ranks that transfer K/V: a prefill rank (sender), a decode rank (receiver).
 
 Two ranks stay connected for as long as they transfer. The sender connects and sends
 ``SenderHello``; it announces its data in portions (``PageAnnounced``), and sends each when the
-taker has room and asks for it (``PullPage``). With p2p nothing is asked for: a portion is fetched
+receiver has room and asks for it (``PullPage``). With p2p nothing is asked for: a portion is fetched
 after the sender has copied it into one of its pages (``PageFilled``), and the page's stamp, read
 after it, tells whether the page held it throughout. So neither side can make the other buffer an
 unbounded amount. Portions are numbered by the sender; numbers are never reused in a connection.
@@ -20,31 +20,31 @@ MOST_TEXT = 4096  # characters of a host's name, a reason, a key
 
 @message(100)
 class SenderHello(Message):
-    """sender -> taker, first: identifies both sides."""
+    """sender -> receiver, first: identifies both sides."""
 
     node: str  # the id of the intended server
     name: str  # the caller's name in logs
     wire: KvWireFormat
     rank: int  # the caller's, in its group
-    ways: tuple[str, ...]  # transports, the preferred first
+    transports: tuple[str, ...]  # transports, the preferred first
     machine: str  # identifies the machine: equal for all its processes only
     memory: str = ""  # where processes of the same machine find its pages
 
     def valid(self) -> bool:
-        texts = (self.node, self.name, self.machine, self.memory, *self.ways)
+        texts = (self.node, self.name, self.machine, self.memory, *self.transports)
         return (
             self.wire.valid
             and 0 <= self.rank < self.wire.tp
-            and 0 < len(self.ways) <= MOST_WAYS
+            and 0 < len(self.transports) <= MOST_WAYS
             and all(len(text) <= MOST_TEXT for text in texts)
         )
 
 
 @message(101)
 class SenderAdmitted(Message):
-    """taker -> sender: the connection is accepted, with these settings."""
+    """receiver -> sender: the connection is accepted, with these settings."""
 
-    way: str
+    transport: str
     tokens: int  # maximum per portion
 
     def valid(self) -> bool:
@@ -53,7 +53,7 @@ class SenderAdmitted(Message):
 
 @message(102)
 class EpochOpened(Message):
-    """sender -> taker: K/V of this epoch, or ``EpochClosed``, will follow on this connection."""
+    """sender -> receiver: K/V of this epoch, or ``EpochClosed``, will follow on this connection."""
 
     epoch: int
 
@@ -63,7 +63,7 @@ class EpochOpened(Message):
 
 @message(103)
 class PageAnnounced(Message):
-    """sender -> taker: these positions can be pulled."""
+    """sender -> receiver: these positions can be pulled."""
 
     number: int
     epoch: int
@@ -76,7 +76,7 @@ class PageAnnounced(Message):
 
 @message(104)
 class PullPage(Message):
-    """taker -> sender, except with p2p: there is room for this portion."""
+    """receiver -> sender, except with p2p: there is room for this portion."""
 
     number: int
 
@@ -86,7 +86,7 @@ class PullPage(Message):
 
 @message(105)
 class PageFilled(Message):
-    """sender -> taker: the portion is in this page of the sender's; it follows or is fetched."""
+    """sender -> receiver: the portion is in this page of the sender's; it follows or is fetched."""
 
     number: int
     page: int
@@ -99,7 +99,7 @@ class PageFilled(Message):
 
 @message(106)
 class PageBytes(Message):
-    """sender -> taker, transport tcp: bytes of a portion, in the next frame."""
+    """sender -> receiver, transport tcp: bytes of a portion, in the next frame."""
 
     number: int
     offset: int
@@ -110,7 +110,7 @@ class PageBytes(Message):
 
 @message(107)
 class PageReceived(Message):
-    """taker -> sender: this portion was received or is not needed; its page is free."""
+    """receiver -> sender: this portion was received or is not needed; its page is free."""
 
     number: int
 

@@ -15,12 +15,12 @@ from asyncllm.actors.allocator import Allocator
 from asyncllm.actors.balancer import Balancer
 from asyncllm.actors.base import AnyActor
 from asyncllm.actors.channel import Channel
+from asyncllm.actors.config_client import ConfigServerClient
 from asyncllm.actors.detokenizer import Detokenizer
 from asyncllm.actors.director import Director
 from asyncllm.actors.frontend import Frontend
 from asyncllm.actors.frontend_settings import ClusterSettings, FrontendLimits, mark_of
 from asyncllm.actors.grammar import GrammarCompiler
-from asyncllm.actors.guide import ConfigServerClient
 from asyncllm.actors.lockstep import Lockstep
 from asyncllm.actors.renderer import TemplateRenderer
 from asyncllm.actors.runner import Runner
@@ -41,7 +41,7 @@ from asyncllm.server.cluster import cluster_port, config_server_of, master_of
 from asyncllm.server.launch import Boot, tls_context
 from asyncllm.server.loading import Loaded, most_rows
 from asyncllm.server.transfer import make_transfer
-from asyncllm.topology import MOVER
+from asyncllm.topology import KV_TRANSFER
 
 TGI_NAMES = ("tgi", "dummy")  # what clients of text-generation-inference call any model
 MOST_MASK_THREADS = 4  # one is enough for usual loads; a model on a CPU needs the cores itself
@@ -63,7 +63,7 @@ def make_allocator(p: Loaded) -> AnyActor:
         use_tree=not p.boot.config.disable_dynamic_prompt_cache,
         window=p.window,
         num_sliding=p.num_slots.sliding,
-        siblings=p.device is not None and p.device.engine.sharing.costs is not None,
+        prefix_order=p.device is not None and p.device.engine.sharing.costs is not None,
     )
 
 
@@ -86,7 +86,7 @@ def make_scheduler(p: Loaded) -> AnyActor:
         speculation=_speculation(p),
         constraint_s=p.boot.config.constraint_time_limit,
         reader=_reader(p.boot),
-        transfers=[rank.id for rank in p.boot.group if MOVER in rank.roles],
+        transfers=[rank.id for rank in p.boot.group if KV_TRANSFER in rank.roles],
         workers=max(1, min(MOST_MASK_THREADS, cpu_count() // 4)),
         balanced=len(p.boot.topology.groups) > 1,
         in_step=p.boot.topology.in_step,
@@ -126,9 +126,9 @@ def make_runner(p: Loaded) -> AnyActor:
     )
 
 
-def make_mover(p: Loaded) -> AnyActor:
+def make_kv_transfer(p: Loaded) -> AnyActor:
     assert p.device is not None
-    return make_transfer(p.boot, p.spec, p.device.engine, p.door)
+    return make_transfer(p.boot, p.spec, p.device.engine, p.listener)
 
 
 def make_detokenizer(p: Loaded) -> AnyActor:
@@ -173,7 +173,7 @@ def make_agent(p: Loaded, channel: Channel) -> AnyActor:
     )
 
 
-def make_guide(p: Loaded, channel: Channel) -> AnyActor:
+def make_config_client(p: Loaded, channel: Channel) -> AnyActor:
     boot = p.boot
     announces = None
     if boot.config.run_mode == roles.MASTER:
@@ -184,14 +184,16 @@ def make_guide(p: Loaded, channel: Channel) -> AnyActor:
 def _place_of(boot: Boot) -> ClusterSettings:
     """What the frontend needs to know about the cluster."""
     config = boot.config
-    guided = roles.asks_config_server(config)
+    has_config_server = roles.asks_config_server(config)
     if config.run_mode == roles.MASTER:
-        mark = mark_of(netloc(boot.cluster_host, config.port)) if guided else ""
+        mark = mark_of(netloc(boot.cluster_host, config.port)) if has_config_server else ""
         port = cluster_port(config)
-        return ClusterSettings(asks="director", cluster_port=port, guided=guided, mark=mark)
-    if guided:
+        return ClusterSettings(
+            asks="director", cluster_port=port, has_config_server=has_config_server, mark=mark
+        )
+    if has_config_server:
         there = f"this is a {config.run_mode} node; requests go to a pd_master"
-        return ClusterSettings(asks="agent", elsewhere=there, guided=True)
+        return ClusterSettings(asks="agent", elsewhere=there, has_config_server=True)
     if config.run_mode in roles.NODES:
         host, port = master_of(config)
         there = f"this is a {config.run_mode} node; requests go to its pd_master at {host}:{port}"
@@ -275,7 +277,7 @@ def _makers(
         "balancer": make_balancer,
         "lockstep": lambda _: Lockstep(),
         "runner": make_runner,
-        "kv_transfer": make_mover,
+        "kv_transfer": make_kv_transfer,
         "detokenizer": make_detokenizer,
         "tokenizer": make_tokenizer,
         "frontend": lambda p: make_frontend(p, on_open),
@@ -284,13 +286,13 @@ def _makers(
         makers |= {
             "director": lambda p: make_director(p, channel),
             "agent": lambda p: make_agent(p, channel),
-            "guide": lambda p: make_guide(p, channel),
+            "config_client": lambda p: make_config_client(p, channel),
         }
     return makers
 
 
 def place(
-    loaded: Loaded, means: WatchdogHooks, on_open: Callable[[], None], channel: Channel | None
+    loaded: Loaded, hooks: WatchdogHooks, on_open: Callable[[], None], channel: Channel | None
 ) -> list[AnyActor]:
     """Create the actors of this process, in start order.
 
@@ -308,7 +310,7 @@ def place(
         made[name].remote = frozenset()
     for actor in made.values() if not boot.coordinates else ():
         actor.remote = frozenset({*actor.remote, *actor.orders})
-    duty = WatchdogConfig(
+    watchdog_config = WatchdogConfig(
         contract=boot.contract,
         model_name=resolved.served_names[0],
         max_len=resolved.max_req_total_len,
@@ -318,5 +320,7 @@ def place(
         linears=loaded.linears,
     )
     if isinstance(runner, Runner):
-        duty = replace(duty, busy_since=runner.busy_since, in_flight=runner.in_flight)
-    return [*made.values(), Watchdog(duty, means)]
+        watchdog_config = replace(
+            watchdog_config, busy_since=runner.busy_since, in_flight=runner.in_flight
+        )
+    return [*made.values(), Watchdog(watchdog_config, hooks)]

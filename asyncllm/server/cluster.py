@@ -44,8 +44,8 @@ def open_channel(config: Config, stack: contextlib.ExitStack) -> tuple[Channel |
     leads = config.run_mode not in roles.NODES
     keys = cluster_keys(config, CHANNEL, meets_others(config))
     host = config.advertise_host or _own_host(config)
-    card = PeerInfo(role=config.run_mode, name=netloc(host, config.port))
-    channel = Channel(card, keys, silence_s(config))
+    info = PeerInfo(role=config.run_mode, name=netloc(host, config.port))
+    channel = Channel(info, keys, silence_s(config))
     stack.callback(channel.close)
     if leads and not config.check:
         channel.listen(config.host, cluster_port(config))
@@ -132,6 +132,6 @@ def introduce(channel: Channel, boot: Boot) -> tuple[str, dict[str, str]]:
     )
     if not leads:
         facts = (*facts, *model_facts(config, model_dir), *kv_facts(resolved))
-    channel.card = replace(channel.card, facts=tuple(dict(facts).items()))
-    guides = {roles.CONFIG_SERVER: "guide"} if roles.asks_config_server(config) else {}
-    return "director" if leads else "agent", guides
+    channel.info = replace(channel.info, facts=tuple(dict(facts).items()))
+    owners = {roles.CONFIG_SERVER: "config_client"} if roles.asks_config_server(config) else {}
+    return "director" if leads else "agent", owners

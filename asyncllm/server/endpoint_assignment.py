@@ -46,11 +46,11 @@ class EndpointAssignment:
     wires: ZmqAddresses | NodeWires
     rendezvous: tuple[str, int] | None = None
     store_fd: int = -1
-    lifeline: NodeLink | None = None
+    node_link: NodeLink | None = None
     advertised: str = ""
 
 
-def take_seat(
+def assign_on_one_node(
     config: Config, topology: Topology, stack: contextlib.ExitStack
 ) -> EndpointAssignment:
     """The seat on a server with one node.
@@ -65,13 +65,15 @@ def take_seat(
     stack.callback(wires.close)
     first = topology.coordinator.id
     topology = topology.at(first, wires.address(first))
-    seat = EndpointAssignment(endpoint=first, topology=topology, keys=CurveKeys.make(), wires=wires)
+    assignment = EndpointAssignment(
+        endpoint=first, topology=topology, keys=CurveKeys.make(), wires=wires
+    )
     if len(topology.ranks) > 1:
-        _open_rendezvous(config, seat, stack)
-    return seat
+        _open_rendezvous(config, assignment, stack)
+    return assignment
 
 
-def find_seat(
+def assign_on_nodes(
     config: Config,
     resolved: ResolvedConfig,
     model_dir: Path,
@@ -98,7 +100,7 @@ def find_seat(
     advertised = config.advertise_host or (host if leads else bind)
     wires = NodeWires(bind, config.multinode_router_gloo_port, len(topology.ranks))
     first = topology.on(config.node_rank)[0].id
-    seat = EndpointAssignment(
+    assignment = EndpointAssignment(
         endpoint=first, topology=topology, keys=CurveKeys.make(), wires=wires, advertised=advertised
     )
     contract = Contract(protocol=protocol(), options=config.digest(), shared=config.shared())
@@ -106,39 +108,41 @@ def find_seat(
     join = NodeJoin(node=config.node_rank, host=advertised, contract=contract, facts=about)
     port = config.multinode_httpmanager_port
     if leads:
-        seat.lifeline = line = NodeRendezvous(
+        assignment.node_link = line = NodeRendezvous(
             join, (bind, port), keys[0], config.nnodes, config.dead_after
         )
         stack.callback(line.close)
-        _open_rendezvous(config, seat, stack)
-        assert seat.rendezvous is not None
+        _open_rendezvous(config, assignment, stack)
+        assert assignment.rendezvous is not None
         log.info("waiting for %d other nodes at %s:%d", config.nnodes - 1, advertised, port)
         for other in line.gather(config.node_timeout):
-            seat.topology = _reached_at(seat.topology, other, config.multinode_router_gloo_port)
+            assignment.topology = _reached_at(
+                assignment.topology, other, config.multinode_router_gloo_port
+            )
         joined = NodeJoined(
-            topology=seat.topology,
-            store_port=seat.rendezvous[1],
-            public=seat.keys.public,
-            secret=seat.keys.secret,
+            topology=assignment.topology,
+            store_port=assignment.rendezvous[1],
+            public=assignment.keys.public,
+            secret=assignment.keys.secret,
         )
         line.place(joined)
     else:
         log.info("joining node 0 at %s:%d", host, port)
         member = NodeMember(join, host, port, keys, config.dead_after)
-        seat.lifeline = member
+        assignment.node_link = member
         stack.callback(member.close)
-        _take(seat, member.join(config.node_timeout), config, host)
-    seat.topology = seat.topology.at(first, wires.address(first))
-    return seat
+        _take(assignment, member.join(config.node_timeout), config, host)
+    assignment.topology = assignment.topology.at(first, wires.address(first))
+    return assignment
 
 
-def _take(seat: EndpointAssignment, joined: NodeJoined, config: Config, host: str) -> None:
+def _take(assignment: EndpointAssignment, joined: NodeJoined, config: Config, host: str) -> None:
     """Apply the values that node 0, at ``host``, has sent."""
-    seat.keys = CurveKeys(joined.public, joined.secret)
-    seat.rendezvous = config.nccl_host, joined.store_port
+    assignment.keys = CurveKeys(joined.public, joined.secret)
+    assignment.rendezvous = config.nccl_host, joined.store_port
     leader = joined.topology.coordinator.id
     address = tcp(host, config.multinode_router_gloo_port + leader)
-    seat.topology = joined.topology.at(leader, address)
+    assignment.topology = joined.topology.at(leader, address)
 
 
 def _reached_at(topology: Topology, join: NodeJoin, port: int) -> Topology:
@@ -184,14 +188,16 @@ def _own_address(config: Config) -> str:
     return address
 
 
-def _open_rendezvous(config: Config, seat: EndpointAssignment, stack: contextlib.ExitStack) -> None:
+def _open_rendezvous(
+    config: Config, assignment: EndpointAssignment, stack: contextlib.ExitStack
+) -> None:
     """Open the rendezvous of the ranks: here, or at the config_server, which already listens."""
     if roles.meets_at_config_server(config):
-        seat.rendezvous = config.nccl_host, config.nccl_port
+        assignment.rendezvous = config.nccl_host, config.nccl_port
         use_interface(rendezvous.interface_to(config.nccl_host))
         return
     meets = stack.enter_context(rendezvous.listen(config))
     host, port = meets.getsockname()[:2]
-    seat.rendezvous = str(host), int(port)
+    assignment.rendezvous = str(host), int(port)
     use_interface(rendezvous.interface_to(_towards(config)))
-    seat.store_fd = os.dup(meets.fileno())  # torch closes the socket that it gets
+    assignment.store_fd = os.dup(meets.fileno())  # torch closes the socket that it gets

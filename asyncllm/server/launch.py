@@ -57,7 +57,7 @@ class Boot:
     listen_fd: int  # the HTTP socket, bound but not listening; -1 if there is no frontend
     parent: int  # pid; 0 for rank 0
     store_fd: int = -1  # of rank 0: the listening socket behind ``rendezvous``
-    pulse_fd: int = -1  # see ``Heartbeats``; -1: no other processes
+    heartbeats_fd: int = -1  # see ``Heartbeats``; -1: no other processes
     advertised: str = ""  # host at which other nodes reach this one; "": no other nodes
     cluster_host: str = ""  # host for other servers of the cluster; "": not in a cluster
     incarnation: str = ""  # the id of this server in its cluster; different after each start
@@ -140,7 +140,7 @@ class Children:
 
     def start(self, boot: Boot, num_threads: int) -> None:
         """Start a child and pass it ``boot`` on its standard input."""
-        fds = [fd for fd in (boot.listen_fd, boot.pulse_fd) if fd >= 0]
+        fds = [fd for fd in (boot.listen_fd, boot.heartbeats_fd) if fd >= 0]
         with signals.for_child():
             process = subprocess.Popen(
                 [sys.executable, "-m", "asyncllm.rank"],

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Coroutine
 
 from asyncllm.actors.channel import Channel, ChannelCallbacks
-from asyncllm.actors.guide import WHAT
+from asyncllm.actors.config_client import WHAT
 from asyncllm.actors.peer_connector import PeerConnector
 from asyncllm.actors.peer_messages import PeerInfo, PeerJoined, PeerLeft, PeerRefused
 from asyncllm.actors.registry import TENANT

@@ -47,7 +47,7 @@ from asyncllm.server.compile_helper import CompileHelper
 from asyncllm.server.launch import Boot
 from asyncllm.templates import TemplateSet
 from asyncllm.text import Mode, ModelTokenizer, load_tokenizer, with_controls
-from asyncllm.topology import MASTER, MOVER, Topology
+from asyncllm.topology import KV_TRANSFER, MASTER, Topology
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Loaded:
     constraints: ConstraintFactory | None = None  # on leaders
     linears: tuple[tuple[str, int], ...] = ()  # on ranks: (kind of weights, number)
     times: StepTimes = field(default_factory=StepTimes)  # of a leader's steps
-    door: KvListener | None = None  # on ranks that receive K/V from other servers
+    listener: KvListener | None = None  # on ranks that receive K/V from other servers
 
 
 # -- start ---------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def sizes_of(boot: Boot) -> Sizes:
         batch_max_tokens=resolved.batch_max_tokens,
         mem_fraction=config.mem_fraction,
         max_total_token_num=config.max_total_token_num,
-        moving=moving_tokens(config) if MOVER in boot.me.roles else 0,
+        moving=moving_tokens(config) if KV_TRANSFER in boot.me.roles else 0,
     )
 
 
@@ -165,10 +165,10 @@ def load_endpoint(
         with log.phase("plan memory"):
             plan = memory_plan(boot, spec)
         loaded = requests.result()
-    door = None
-    if MOVER in boot.me.roles:
+    listener = None
+    if KV_TRANSFER in boot.me.roles:
         transfer.refuse(boot, plan.window)
-        door = transfer.open_door(boot)
+        listener = transfer.open_kv_listener(boot)
     if ranks is not None:  # equal in all groups: any of them may get any request
         plan = replace(plan, num=PerSpace(*map(ranks.minimum, plan.num)))
     resolved = boot.resolved.with_slots(plan.num.full)
@@ -185,7 +185,7 @@ def load_endpoint(
         times=times,
         window=plan.window,
         linears=plan.linears.counts(resolved.dtype),
-        door=door,
+        listener=listener,
     )
 
 

@@ -116,7 +116,7 @@ class NodeLink:
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         weakref.finalize(self, os.close, self._bell)
         self._log = RateLimitedLog(log)
-        self.foreign_frames = self.strangers = 0
+        self.foreign_frames = self.failed_handshakes = 0
 
     def watch(self, on_end: Callable[[int, str], None]) -> None:
         """Start monitoring the other nodes in a thread.
@@ -293,7 +293,7 @@ class NodeRendezvous(NodeLink):
             self._send(ident, joined)
 
     def _listen(self, wait_s: float) -> None:
-        self.strangers = self._counter.count()
+        self.failed_handshakes = self._counter.count()
         self._poll(wait_s, self._sock)
         for _ in range(DRAIN_LIMIT):
             try:

@@ -76,7 +76,7 @@ class NodeResources:
     """
 
     wires: ZmqAddresses | NodeWires | None = None
-    lifeline: NodeLink | None = None
+    node_link: NodeLink | None = None
     status: socket | None = None
     channel: Channel | None = None
     ahead: CompileHelper | None = None
@@ -90,14 +90,14 @@ class Server:
         boot: Boot,
         spec: ModelSpec,
         text: ModelTokenizer | None,
-        ground: NodeResources,
+        resources: NodeResources,
         watch: SignalWatcher,
     ) -> None:
         self._boot, self._spec, self._text = boot, spec, text
-        self._wires, self._lifeline, self._watch = ground.wires, ground.lifeline, watch
+        self._wires, self._node_link, self._watch = resources.wires, resources.node_link, watch
         self._status: StatusPages | None = None
-        self._status_socket, self._channel = ground.status, ground.channel
-        self._ahead = ground.ahead
+        self._status_socket, self._channel = resources.status, resources.channel
+        self._ahead = resources.ahead
         self._system: ActorSystem
         self._children: Children | None = None
         self._leaving = threading.Lock()
@@ -177,7 +177,7 @@ class Server:
         self._children = children = Children(self._child_died)
         self._watch.leave = self._abandon
         self._watch.forward = lambda: children.signal(SHOW)
-        if self._lifeline is not None:
+        if self._node_link is not None:
             loop = asyncio.get_running_loop()
 
             def ends(code: int, why: str) -> None:
@@ -186,7 +186,7 @@ class Server:
                     if not self._heard_of_it.wait(FAIL_S):  # the loop hangs, or has just ended
                         self._abandon(code)
 
-            self._lifeline.watch(ends)
+            self._node_link.watch(ends)
 
     async def _open_status(self) -> None:
         if (sock := self._status_socket) is not None:
@@ -213,13 +213,13 @@ class Server:
 
     def _others(self) -> tuple[int, int]:
         """Foreign frames counted by this node's other processes and by the meeting of the nodes."""
-        foreign = strangers = 0
+        foreign = failed_handshakes = 0
         if self._pulse is not None:
-            foreign, strangers = self._pulse.noted(self._next_endpoint, self._boot.endpoint)
-        if self._lifeline is not None:
-            foreign += self._lifeline.foreign_frames
-            strangers += self._lifeline.strangers
-        return foreign, strangers
+            foreign, failed_handshakes = self._pulse.noted(self._next_endpoint, self._boot.endpoint)
+        if self._node_link is not None:
+            foreign += self._node_link.foreign_frames
+            failed_handshakes += self._node_link.failed_handshakes
+        return foreign, failed_handshakes
 
     def _wire(self) -> TransportSettings | None:
         boot = self._boot
@@ -246,7 +246,7 @@ class Server:
         """A collective also fails because another process did: gives what is known of that."""
         if self._children:
             await self._children.wait(CHILD_S)
-        if self._lifeline is not None:  # it may have been on another node
+        if self._node_link is not None:  # it may have been on another node
             await self._culprit.wait()
         self._stop_children()
         return self._culprit.why
@@ -277,16 +277,16 @@ class Server:
     def _assemble(self, loaded: Loaded) -> None:
         """Create the actors, ready to run."""
         system, loop = self._system, asyncio.get_running_loop()
-        means = WatchdogHooks(exit=partial(self._fail_from_thread, loop, reason="it hangs"))
+        hooks = WatchdogHooks(exit=partial(self._fail_from_thread, loop, reason="it hangs"))
         if self._children:
-            means = replace(means, kill=self._children.kill_one)
-        if self._boot.pulse_fd >= 0:
-            self._pulse = pulse = Heartbeats(self._boot.pulse_fd)
-            means = replace(means, beat=pulse.beat, last_beat=pulse.last, note=pulse.note)
-        means = replace(means, others=self._others)
+            hooks = replace(hooks, kill=self._children.kill_one)
+        if self._boot.heartbeats_fd >= 0:
+            self._pulse = pulse = Heartbeats(self._boot.heartbeats_fd)
+            hooks = replace(hooks, beat=pulse.beat, last_beat=pulse.last, note=pulse.note)
+        hooks = replace(hooks, others=self._others)
         if self._channel is not None:
             system.use_channel(self._channel, *introduce(self._channel, loaded.boot))
-        for actor in place(loaded, means, self._opened, self._channel):
+        for actor in place(loaded, hooks, self._opened, self._channel):
             system.add(actor)
         self._acting = True
         self._watch.state = system.state
@@ -307,7 +307,7 @@ class Server:
 
     def _spare_nodes(self) -> None:
         """Nodes that hold only expendable groups may fail."""
-        if self._lifeline is None:
+        if self._node_link is None:
             return
         topology, loop = self._boot.topology, asyncio.get_running_loop()
         nodes = [
@@ -320,7 +320,7 @@ class Server:
             with contextlib.suppress(RuntimeError):  # the loop has already ended
                 loop.call_soon_threadsafe(self._node_gone, node, why)
 
-        self._lifeline.spare(nodes, gone)
+        self._node_link.spare(nodes, gone)
 
     def _node_gone(self, node: int, why: str) -> None:
         if not self._system.over:  # otherwise all were told to end
@@ -363,8 +363,8 @@ class Server:
         self._culprit.found(code if code in (EXIT_STARTUP, EXIT_HUNG) else 1, why)
 
     def _tell_nodes(self, code: int, why: str) -> None:
-        if self._lifeline is not None:
-            self._lifeline.fail(code, why)
+        if self._node_link is not None:
+            self._node_link.fail(code, why)
 
     def _child_died(self, boot: Boot, pid: int, code: int) -> None:
         """A rank is part of the model; an HTTP worker owns nothing and is replaced."""
@@ -383,7 +383,7 @@ class Server:
         logger.critical("%s: stopping the server", what)
         if code == EXIT_HUNG:
             dump_stacks()  # a collective hangs everywhere; this may be the side that shows why
-        if code == EXIT_FAILED and self._lifeline is not None:
+        if code == EXIT_FAILED and self._node_link is not None:
             self._culprit.suspect(what)
         else:
             self._culprit.found(code if code in (EXIT_STARTUP, EXIT_HUNG) else 1, what)
@@ -457,9 +457,9 @@ class Server:
         """Exit at once: other threads may hang in a collective or on a device. Thread-safe."""
         self._leaving.acquire()  # never released: the first reason counts
         self._stop_children()
-        if self._lifeline is not None:
-            self._lifeline.fail(code or 1, f"{self._boot.name} has ended")
-            self._lifeline.close()
+        if self._node_link is not None:
+            self._node_link.fail(code or 1, f"{self._boot.name} has ended")
+            self._node_link.close()
         if self._wires:
             self._wires.close()
         sys.stdout.flush()

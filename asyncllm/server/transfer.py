@@ -50,7 +50,7 @@ def transfer_keys(config: Config) -> tuple[CurveKeys, ...]:
     return cluster_keys(config, TRANSFER, meets_others(config))
 
 
-def open_door(boot: Boot) -> KvListener | None:
+def open_kv_listener(boot: Boot) -> KvListener | None:
     """Where this rank of a decode node takes K/V; None: it is of a prefill node.
 
     Raises:
@@ -94,7 +94,7 @@ def _own(host: str) -> str:
 
 
 def make_transfer(
-    boot: Boot, spec: ModelSpec, engine: Engine, door: KvListener | None
+    boot: Boot, spec: ModelSpec, engine: Engine, listener: KvListener | None
 ) -> KvTransfer:
     """The actor of this rank.
 
@@ -127,12 +127,14 @@ def make_transfer(
     )
     size = config.pd_kv_page_size * kv.slot_bytes
     mode, num = config.pd_trans_mode, config.pd_kv_page_num
-    pages, ways = kv_transports.make_ways(mode, num, size, engine.device)
+    pages, transports = kv_transports.make_ways(mode, num, size, engine.device)
     warm_up(pages, kv, engine.num_slots)
-    if door is None:
-        return KvTransfer(KvSender(share, pages, ways, keys=transfer_keys(config)))
-    address = tcp(boot.cluster_host, door.port)
-    return KvTransfer(KvReceiver(share, pages, ways, node=boot.incarnation, door=door), address)
+    if listener is None:
+        return KvTransfer(KvSender(share, pages, transports, keys=transfer_keys(config)))
+    address = tcp(boot.cluster_host, listener.port)
+    return KvTransfer(
+        KvReceiver(share, pages, transports, node=boot.incarnation, listener=listener), address
+    )
 
 
 @cache

@@ -291,9 +291,9 @@ class FakeDevice:
     def _check_siblings(self, plan: StepPlan) -> None:
         """Rows have in common what the plan says, written by earlier steps."""
         starts = dict(zip(plan.lanes, plan.starts, strict=True))
-        assert len(set(plan.siblings)) == len(plan.siblings)
+        assert len(set(plan.prefix_order)) == len(plan.prefix_order)
         before, common = None, 0
-        for lane, with_last in zip(plan.siblings, plan.commons, strict=True):
+        for lane, with_last in zip(plan.prefix_order, plan.shared_lens, strict=True):
             common = min(common, with_last)
             if lane in starts:
                 if before is not None and common:
@@ -374,21 +374,21 @@ def check_ledger(ledger: Ledger) -> None:
     assert (ledger.tree.size, ledger.tree.locked) == (len(tree), locked)
     assert ledger.used == locked + len(private)
     assert ledger.used + ledger.cached + ledger.free == ledger.total
-    if ledger._siblings is not None:
-        check_siblings(ledger, ledger._siblings)
+    if ledger._shared_prefixes is not None:
+        check_siblings(ledger, ledger._shared_prefixes)
 
 
-def check_siblings(ledger: Ledger, siblings: SharedPrefixIndex) -> None:
+def check_siblings(ledger: Ledger, prefix_order: SharedPrefixIndex) -> None:
     """Any two lanes have in common what their slots say, and nobody else is named."""
-    order, commons = list(siblings.order), list(siblings.commons)
+    order, shared_lens = list(prefix_order.order), list(prefix_order.shared_lens)
     assert sorted(order) == sorted(lane for lane, held in ledger.lanes.items() if held.node)
     for i, lane in enumerate(order):
         common = 1 << 30
         for j in range(i - 1, -1, -1):
-            common = min(common, commons[j + 1])
+            common = min(common, shared_lens[j + 1])
             left, right = ledger.lanes[lane].slots, ledger.lanes[order[j]].slots
             assert left[:common] == right[:common], (lane, order[j], order)
-            end = max(common + 1, siblings.least)
+            end = max(common + 1, prefix_order.least)
             assert left[:end] != right[:end] or min(len(left), len(right)) < end
 
 
@@ -521,9 +521,9 @@ class World:
         if window is not None:
             slides = {"window": Window(window), "num_sliding": num_sliding}
         self.pending: deque[FakePending] = deque()
-        self.allocator = Allocator(num_slots, use_tree=use_tree, siblings=True, **slides)
-        assert self.ledger._siblings is not None
-        self.ledger._siblings.least = 1
+        self.allocator = Allocator(num_slots, use_tree=use_tree, prefix_order=True, **slides)
+        assert self.ledger._shared_prefixes is not None
+        self.ledger._shared_prefixes.least = 1
         self.scheduler = Scheduler(
             num_lanes=num_lanes,
             num_slots=num_slots,

@@ -1,6 +1,6 @@
 """Ranks that move K/V in a process of its own, which can be stopped: told by lines of JSON.
 
-It answers in lines: ``port N`` of a taker, ``told Type rid`` for each message to a scheduler, and
+It answers in lines: ``port N`` of a receiver, ``told Type rid`` for each message to a scheduler, and
 ``slots HASH`` where it is asked.
 """
 
@@ -17,7 +17,7 @@ from asyncllm.actors.transport import CurveKeys
 from asyncllm.codec import Message
 from asyncllm.messages import ExportKv, ImportKv, KvComputed, StepFinished
 from asyncllm.records import KvDestination
-from tests.actors.kv_rig import NODE, NUM_SLOTS, Rank, Size, sender, taker
+from tests.actors.kv_rig import NODE, NUM_SLOTS, Rank, Size, receiver, sender
 
 SEED = 77_000
 ALL = array("i", range(NUM_SLOTS))
@@ -36,15 +36,15 @@ def say(batch: list[Message]) -> None:
         write(f"told {type(msg).__name__} {getattr(msg, 'rid', -1)}")
 
 
-def make(role: str, way: str, size: Size, keys: CurveKeys) -> Rank:
+def make(role: str, transport: str, size: Size, keys: CurveKeys) -> Rank:
     rank = Rank(0, 1, SEED, size)
     if role == "sender":
-        sender(rank, [way], SENDING, [keys])
+        sender(rank, [transport], SENDING, [keys])
     else:
-        taker(rank, [way], TAKING, keys)
-    rank.mover.start(say, lambda error: write(f"failed {error!r}"))
-    if isinstance(rank.mover, KvReceiver):
-        write(f"port {rank.mover.port}")
+        receiver(rank, [transport], TAKING, keys)
+    rank.thread.start(say, lambda error: write(f"failed {error!r}"))
+    if isinstance(rank.thread, KvReceiver):
+        write(f"port {rank.thread.port}")
     return rank
 
 
@@ -54,20 +54,20 @@ def main() -> None:
     rank: Rank | None = None
     for line in sys.stdin:
         match json.loads(line):
-            case ["be", role, way]:
+            case ["be", role, transport]:
                 if rank is not None:
-                    rank.mover.close()
-                rank = make(role, way, size, keys)
+                    rank.thread.close()
+                rank = make(role, transport, size, keys)
             case ["export", rid, epoch, port] if rank is not None:
                 address, wire = f"tcp://127.0.0.1:{port}", rank.share.wire
                 to = KvDestination(
                     node=NODE, epoch=epoch, hit=0, length=NUM_SLOTS, addresses=(address,), wire=wire
                 )
-                rank.mover.put([ExportKv(rid, to)])
-                rank.mover.put([KvComputed(rid=rid, seq=0, step=1, start=0, slots=ALL)])
-                rank.mover.put([StepFinished(1)])
+                rank.thread.put([ExportKv(rid, to)])
+                rank.thread.put([KvComputed(rid=rid, seq=0, step=1, start=0, slots=ALL)])
+                rank.thread.put([StepFinished(1)])
             case ["import", epoch] if rank is not None:
-                rank.mover.put([ImportKv(epoch, 0, NUM_SLOTS, ALL)])
+                rank.thread.put([ImportKv(epoch, 0, NUM_SLOTS, ALL)])
             case "slots" if rank is not None:
                 write(f"slots {hashlib.sha256(b''.join(rank.slots())).hexdigest()}")
 

@@ -70,7 +70,7 @@ class Rank:
         wire = KvWireFormat(**{**_plain(WIRE), "tp": tp})
         self.share = KvShard(f"rank {rank}", rank, wire, KvBytes(self.kv, layout), held)
         self.told: list[Message] = []
-        self.mover: TransferThread
+        self.thread: TransferThread
 
     def row(self, slot: int, head: int) -> bytes:
         """K and V of all layers, of one head of the whole model."""
@@ -92,23 +92,23 @@ def _plain(wire: KvWireFormat) -> dict[str, object]:
 def means(rank: Rank, names: Sequence[str]) -> tuple[CpuPages | CudaPages, KvTransports]:
     """Pages of a rank, and its ways; nccl is over gloo."""
     mode, size = P2P if P2P in names else TCP, rank.size
-    pages, ways = make_ways(mode, size.pages, size.tokens * rank.share.kv.slot_bytes, CPU)
-    return pages, replace(ways, names=tuple(names), timeout_s=WAIT_S, backend=gloo_pair)
+    pages, transports = make_ways(mode, size.pages, size.tokens * rank.share.kv.slot_bytes, CPU)
+    return pages, replace(transports, names=tuple(names), timeout_s=WAIT_S, backend=gloo_pair)
 
 
 def sender(
     rank: Rank, names: Sequence[str], times: TransferTimeouts, keys: Sequence[CurveKeys]
 ) -> None:
     """Give a rank what sends its K/V."""
-    rank.mover = KvSender(rank.share, *means(rank, names), times, keys=keys)
-    rank.mover.post = rank.told.extend
+    rank.thread = KvSender(rank.share, *means(rank, names), times, keys=keys)
+    rank.thread.post = rank.told.extend
 
 
-def taker(rank: Rank, names: Sequence[str], times: TransferTimeouts, keys: CurveKeys) -> None:
+def receiver(rank: Rank, names: Sequence[str], times: TransferTimeouts, keys: CurveKeys) -> None:
     """Give a rank what takes K/V for it."""
-    door = KvListener(keys, "127.0.0.1", 0)
-    rank.mover = KvReceiver(rank.share, *means(rank, names), times, node=NODE, door=door)
-    rank.mover.post = rank.told.extend
+    listener = KvListener(keys, "127.0.0.1", 0)
+    rank.thread = KvReceiver(rank.share, *means(rank, names), times, node=NODE, listener=listener)
+    rank.thread.post = rank.told.extend
 
 
 class Rig:
@@ -125,22 +125,22 @@ class Rig:
     ) -> None:
         times = times or TransferTimeouts(lapse_s=WAIT_S, first_s=WAIT_S)
         self.senders = [Rank(i, tps[0], 0, size) for i in range(tps[0])]
-        self.takers = [Rank(i, tps[1], 1000, size) for i in range(tps[1])]
+        self.receivers = [Rank(i, tps[1], 1000, size) for i in range(tps[1])]
         for rank in self.senders:
             sender(rank, names[0], times, keys)
-        for rank in self.takers:
-            taker(rank, names[1], times, KEYS)
+        for rank in self.receivers:
+            receiver(rank, names[1], times, KEYS)
 
     @property
-    def movers(self) -> list[TransferThread]:
-        return [rank.mover for rank in [*self.senders, *self.takers]]
+    def threads(self) -> list[TransferThread]:
+        return [rank.thread for rank in [*self.senders, *self.receivers]]
 
     def to(self, epoch: int, hit: int, length: int, node: str = NODE) -> KvDestination:
         addresses = []
-        for rank in self.takers:
-            assert isinstance(rank.mover, KvReceiver)
-            addresses.append(f"tcp://127.0.0.1:{rank.mover.port}")
-        wire = self.takers[0].share.wire
+        for rank in self.receivers:
+            assert isinstance(rank.thread, KvReceiver)
+            addresses.append(f"tcp://127.0.0.1:{rank.thread.port}")
+        wire = self.receivers[0].share.wire
         return KvDestination(
             node=node, epoch=epoch, hit=hit, length=length, addresses=tuple(addresses), wire=wire
         )
@@ -148,39 +148,39 @@ class Rig:
     def begin(self, rid: int, epoch: int, slots: array[int], hit: int = 0) -> None:
         """The decode node waits, the prefill node knows: nothing is computed yet."""
         length = hit + len(slots)
-        for rank in self.takers:
-            rank.mover.put([ImportKv(epoch, hit, length, slots)])
+        for rank in self.receivers:
+            rank.thread.put([ImportKv(epoch, hit, length, slots)])
         for rank in self.senders:
-            rank.mover.put([ExportKv(rid, self.to(epoch, hit, length))])
+            rank.thread.put([ExportKv(rid, self.to(epoch, hit, length))])
 
     def computed(self, rid: int, seq: int, start: int, slots: array[int]) -> None:
         """A chunk, and its step is over."""
         msg = KvComputed(rid=rid, seq=seq, step=seq + 1, start=start, slots=slots)
         for rank in self.senders:
-            rank.mover.put([msg, StepFinished(seq + 1)])
+            rank.thread.put([msg, StepFinished(seq + 1)])
 
     def until(
-        self, met: Callable[[], bool], movers: Sequence[TransferThread] | None = None
+        self, met: Callable[[], bool], threads: Sequence[TransferThread] | None = None
     ) -> None:
         """Turn after turn."""
         end = monotonic() + WAIT_S
         while not met():
-            assert monotonic() < end, [rank.told for rank in [*self.senders, *self.takers]]
-            self.turns(1, movers)
+            assert monotonic() < end, [rank.told for rank in [*self.senders, *self.receivers]]
+            self.turns(1, threads)
 
-    def turns(self, num: int, movers: Sequence[TransferThread] | None = None) -> None:
+    def turns(self, num: int, threads: Sequence[TransferThread] | None = None) -> None:
         for _ in range(num):
-            for mover in movers if movers is not None else self.movers:
-                wait_ms = mover.turn(1)
-                assert wait_ms == 0 or mover.copies.idle, "a copy would wait for the next noise"
+            for thread in threads if threads is not None else self.threads:
+                wait_ms = thread.turn(1)
+                assert wait_ms == 0 or thread.copies.idle, "a copy would wait for the next noise"
 
     def arrived(self, epoch: int) -> bool:
-        return all(KvArrived(epoch, rank.rank) in rank.told for rank in self.takers)
+        return all(KvArrived(epoch, rank.rank) in rank.told for rank in self.receivers)
 
     def lapsed(self, epoch: int) -> list[str]:
         return [
             msg.why
-            for rank in self.takers
+            for rank in self.receivers
             for msg in rank.told
             if isinstance(msg, TransferFailed) and msg.rid == epoch
         ]
@@ -193,15 +193,15 @@ class Rig:
         ]
 
     def matches(self, sources: array[int], targets: array[int]) -> bool:
-        """Each head of each taker in these slots is that of whoever has it."""
-        for taker in self.takers:
+        """Each head of each receiver in these slots is that of whoever has it."""
+        for receiver in self.receivers:
             for source, target in zip(sources, targets, strict=True):
-                for head in (head for head in taker.heads if head >= 0):
+                for head in (head for head in receiver.heads if head >= 0):
                     owner = next(rank for rank in self.senders if head in rank.heads)
-                    if owner.row(source, head) != taker.row(target, head):
+                    if owner.row(source, head) != receiver.row(target, head):
                         return False
         return True
 
     def close(self) -> None:
-        for mover in self.movers:
-            mover.close()
+        for thread in self.threads:
+            thread.close()

@@ -75,8 +75,8 @@ class Owner(Actor[PeerMessage | PeerJoined | PeerLeft | PeerRefused]):
 class End:
     """One server with an end of the channel."""
 
-    def __init__(self, card: PeerInfo, *keys: CurveKeys) -> None:
-        self.channel = Channel(card, keys or (KEYS,), DEAD_AFTER_S)
+    def __init__(self, info: PeerInfo, *keys: CurveKeys) -> None:
+        self.channel = Channel(info, keys or (KEYS,), DEAD_AFTER_S)
         self.system, self.owner = ActorSystem(), Owner()
         self.system.add(self.owner)
         self.system.use_channel(self.channel, "owner")
@@ -89,7 +89,7 @@ class End:
         self.system.ref(name, self.peer).tell(EndpointGone(number))
 
 
-def a_card(role: str = "prefill", **changes: object) -> PeerInfo:
+def an_info(role: str = "prefill", **changes: object) -> PeerInfo:
     return replace(PeerInfo(role=role, name=f"{role}.example:1", facts=FACTS), **changes)  # type: ignore[arg-type]
 
 
@@ -135,8 +135,8 @@ class Raw:
                 if frame.startswith(head) and isinstance(msg := decode(frame[len(head) :]), kind):
                     return msg
 
-    async def greet(self, card: PeerInfo) -> Message:
-        await self.say(PeerHello(card))
+    async def greet(self, info: PeerInfo) -> Message:
+        await self.say(PeerHello(info))
         return await self.hears(PeerHello)
 
     def close(self) -> None:
@@ -151,7 +151,7 @@ def closed() -> Iterator[None]:
 
 
 def hub(**facts: object) -> End:
-    end = End(a_card("pd_master", **facts))
+    end = End(an_info("pd_master", **facts))
     end.channel.listen("127.0.0.1", 0)
     return end
 
@@ -159,13 +159,13 @@ def hub(**facts: object) -> End:
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
 def test_what_is_told_comes_once_in_order_both_ways_and_says_from_whom(host: str) -> None:
     async def go() -> None:
-        one, two = End(a_card("pd_master")), End(a_card("prefill"))
+        one, two = End(an_info("pd_master")), End(an_info("prefill"))
         one.channel.listen("127.0.0.1" if host == "localhost" else host, 0)
         where = two.channel.dial(host, one.channel.port)
         async with running(one, two):
             await until(lambda: one.owner.joined and two.owner.joined)
-            assert one.owner.joined[0].card == two.channel.card
-            assert two.owner.joined == [PeerJoined(two.peer, one.channel.card, where)]
+            assert one.owner.joined[0].info == two.channel.info
+            assert two.owner.joined == [PeerJoined(two.peer, one.channel.info, where)]
             assert one.peer >= FIRST_PEER
             for i in range(2000):  # more than the queues of ZeroMQ hold
                 one.tell(i)
@@ -199,15 +199,15 @@ def test_who_does_not_fit_is_told_why_and_nobody_else_notices(
     changes: dict[str, object], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def go() -> None:
-        one, good, bad = hub(), End(a_card()), End(a_card(**changes))
-        one.channel.admit = lambda card: "nobody is not wanted" if card.role == "nobody" else None
+        one, good, bad = hub(), End(an_info()), End(an_info(**changes))
+        one.channel.admit = lambda info: "nobody is not wanted" if info.role == "nobody" else None
         for end in (good, bad):
             end.channel.dial("127.0.0.1", one.channel.port)
         async with running(one, good, bad):
             await until(lambda: bad.owner.refused and good.owner.joined)
             good.tell(7)
             await until(lambda: one.owner.got)
-            assert [each.card.role for each in one.owner.joined] == ["prefill"]
+            assert [each.info.role for each in one.owner.joined] == ["prefill"]
             assert one.owner.left == bad.owner.joined == []
             with pytest.raises(StartupError, match=said):
                 raise StartupError(bad.owner.refused[0].why)
@@ -218,9 +218,9 @@ def test_who_does_not_fit_is_told_why_and_nobody_else_notices(
 
 
 def test_facts_that_only_one_side_has_do_not_matter() -> None:
-    ours = a_card(facts=(*FACTS, ("K/V layout", "int8kv")))
-    assert ours.difference(a_card("pd_master")) is None
-    assert a_card("config_server", facts=()).difference(ours) is None
+    ours = an_info(facts=(*FACTS, ("K/V layout", "int8kv")))
+    assert ours.difference(an_info("pd_master")) is None
+    assert an_info("config_server", facts=()).difference(ours) is None
     other = replace(ours, facts=(("K/V layout", "fp8kv_sph"), *FACTS))
     assert ours.difference(other) == ("K/V layout", "int8kv", "fp8kv_sph")
 
@@ -251,16 +251,16 @@ MALFORMED = {
 def test_a_malformed_message_of_a_peer_ends_its_connection_and_nothing_else(
     bad: bytes | None,
 ) -> None:
-    greeting = frame_head(f"#{protocol()}", True) + encode(PeerHello(a_card()))
+    greeting = frame_head(f"#{protocol()}", True) + encode(PeerHello(an_info()))
 
     async def go() -> None:
-        one, other = hub(), End(a_card())
+        one, other = hub(), End(an_info())
         other.channel.dial("127.0.0.1", one.channel.port)
         async with running(one, other):
             await until(lambda: one.owner.joined)
             peer = one.peer
             raw = Raw(one.channel.port)
-            await raw.greet(a_card("decode"))
+            await raw.greet(an_info("decode"))
             await raw.sock.send(frame_head("owner", False) + encode(EndpointGone(1)))
             await until(lambda: one.owner.got)
             await raw.sock.send(greeting if bad is None else bad)
@@ -269,7 +269,7 @@ def test_a_malformed_message_of_a_peer_ends_its_connection_and_nothing_else(
             )  # of nobody now
             assert not (await raw.hears(PeerGoodbye)).refused  # type: ignore[attr-defined]
             await until(lambda: one.owner.left and one.channel.foreign_frames)
-            assert one.owner.left[0].card.role == "decode"
+            assert one.owner.left[0].info.role == "decode"
             assert one.owner.left[0].why.startswith("it sends what is not possible: ")
             other.tell(3)
             await until(lambda: len(one.owner.got) == 2)
@@ -290,8 +290,8 @@ def test_frames_of_those_who_have_not_said_who_they_are_are_dropped_and_counted(
             await until(lambda: one.system.foreign_frames == 2)
             assert one.owner.got == one.owner.joined == []
             stranger = Raw(one.channel.port, CurveKeys.make())
-            await stranger.say(PeerHello(a_card()))
-            await until(lambda: one.system.strangers)
+            await stranger.say(PeerHello(an_info()))
+            await until(lambda: one.system.failed_handshakes)
             assert one.owner.joined == []
 
     run(go())
@@ -303,18 +303,18 @@ def test_who_is_killed_is_missed_at_once_and_who_is_stopped_after_half_of_the_ti
         loop = asyncio.get_running_loop()
         async with running(one):
             killed, stopped = Raw(one.channel.port), Raw(one.channel.port)
-            await killed.greet(a_card("killed"))
-            await stopped.greet(a_card("stopped"))
+            await killed.greet(an_info("killed"))
+            await stopped.greet(an_info("stopped"))
             began = loop.time()
             killed.close()
             await until(lambda: one.owner.left)
-            assert (one.owner.left[0].card.role, one.owner.left[0].why) == (
+            assert (one.owner.left[0].info.role, one.owner.left[0].why) == (
                 "killed",
                 "its connection is closed",
             )
             await until(lambda: len(one.owner.left) == 2)
             assert loop.time() - began >= DEAD_AFTER_S / 2 - 0.1
-            assert one.owner.left[1].card.role == "stopped"
+            assert one.owner.left[1].info.role == "stopped"
             assert "(--dead_after)" in one.owner.left[1].why
             await stopped.hears(PeerGoodbye)  # when it reads again
 
@@ -323,7 +323,7 @@ def test_who_is_killed_is_missed_at_once_and_who_is_stopped_after_half_of_the_ti
 
 def test_a_server_that_comes_back_is_found_again_and_is_another_peer() -> None:
     async def go() -> None:
-        one, two = hub(), End(a_card())
+        one, two = hub(), End(an_info())
         port = one.channel.port
         two.channel.dial("127.0.0.1", port)
         async with running(two):
@@ -331,14 +331,14 @@ def test_a_server_that_comes_back_is_found_again_and_is_another_peer() -> None:
                 await until(lambda: two.owner.joined)
                 first = two.peer
             await until(lambda: two.owner.left)
-            again = End(a_card("pd_master"))
+            again = End(an_info("pd_master"))
             again.channel.listen("127.0.0.1", port)
             async with running(again):
                 await until(lambda: len(two.owner.joined) == 2)
-                cards = [each.card for each in two.owner.joined]
+                infos = [each.info for each in two.owner.joined]
                 assert two.peer != first
-                assert cards[0].name == cards[1].name
-                assert cards[0].incarnation != cards[1].incarnation
+                assert infos[0].name == infos[1].name
+                assert infos[0].incarnation != infos[1].incarnation
                 two.channel.forget(two.owner.joined[1].dialled)
                 await until(lambda: len(two.owner.left) == 2 and again.owner.left)
                 assert not two.channel.peers
@@ -348,7 +348,7 @@ def test_a_server_that_comes_back_is_found_again_and_is_another_peer() -> None:
 
 def test_a_call_that_is_cut_off_while_it_ends_does_not_keep_the_next_one_from_getting_in() -> None:
     async def go() -> None:
-        one, two = hub(), End(a_card())
+        one, two = hub(), End(an_info())
         loop = asyncio.get_running_loop()
         with socket.create_server(("127.0.0.1", 0)) as mute:
             mute.setblocking(False)
@@ -369,13 +369,13 @@ def test_each_secret_is_tried_and_a_wrong_one_finds_nobody() -> None:
     async def go() -> None:
         one, both, wrong = (
             hub(),
-            End(a_card(), CurveKeys.make(), KEYS),
-            End(a_card(), CurveKeys.make()),
+            End(an_info(), CurveKeys.make(), KEYS),
+            End(an_info(), CurveKeys.make()),
         )
         for end in (both, wrong):
             end.channel.dial("127.0.0.1", one.channel.port)
         async with running(one, both, wrong):
-            await until(lambda: both.owner.joined and one.system.strangers >= 3)
+            await until(lambda: both.owner.joined and one.system.failed_handshakes >= 3)
             assert wrong.owner.joined == wrong.owner.refused == []
             assert len(one.channel.peers) == 1
 
@@ -398,7 +398,7 @@ def test_a_name_that_leads_nowhere_is_looked_up_again(
     monkeypatch.setattr(uvloop.Loop, "getaddrinfo", lookup)
 
     async def go() -> None:
-        one, two = hub(), End(a_card(), CurveKeys.make(), KEYS)
+        one, two = hub(), End(an_info(), CurveKeys.make(), KEYS)
         two.channel.dial("later.example", one.channel.port)
         async with running(one, two):
             await until(lambda: two.owner.joined)
@@ -414,13 +414,13 @@ def test_a_peer_that_does_not_read_is_dropped_and_blocks_nobody(
     monkeypatch.setattr(channels, "OUTBOX", (64, 1 << 20))
 
     async def go() -> None:
-        one, other = hub(), End(a_card())
+        one, other = hub(), End(an_info())
         other.channel.dial("127.0.0.1", one.channel.port)
         async with running(one, other):
             await until(lambda: one.owner.joined)
             reads = one.peer
             raw = Raw(one.channel.port)
-            await raw.greet(a_card("decode"))
+            await raw.greet(an_info("decode"))
             deaf = one.peer
             body = frame_head("owner", False)
             for _ in range(1000):
@@ -441,7 +441,7 @@ def test_an_actor_that_is_overrun_costs_only_the_peer() -> None:
         one.owner.capacity = 4
         async with running(one):
             raw = Raw(one.channel.port)
-            await raw.greet(a_card("decode"))
+            await raw.greet(an_info("decode"))
             for i in range(50):  # one wake of the loop takes them all
                 await raw.sock.send(frame_head("owner", False) + encode(EndpointGone(i)))
             await until(lambda: one.owner.left)
@@ -453,7 +453,7 @@ def test_an_actor_that_is_overrun_costs_only_the_peer() -> None:
 def test_a_busy_port_is_one_line() -> None:
     async def go() -> None:
         one = hub()
-        other = Channel(a_card(), (KEYS,))
+        other = Channel(an_info(), (KEYS,))
         with pytest.raises(StartupError, match=rf"cannot connect to 127.0.0.1:{one.channel.port}"):
             other.listen("127.0.0.1", one.channel.port)
         other.close()

@@ -57,8 +57,8 @@ P, D = 1 << 23, (1 << 23) + 1  # peers
 class FakeChannel:
     """What director and agent ask of a channel."""
 
-    def __init__(self, card: PeerInfo) -> None:
-        self.card = card
+    def __init__(self, info: PeerInfo) -> None:
+        self.info = info
         self.admit: Callable[[PeerInfo], str | None] = lambda _: None
         self.dropped: list[tuple[int, str]] = []
         self.dialled: list[str] = []
@@ -78,9 +78,9 @@ class FakeChannel:
 class Office:
     """An actor; ``told``: (endpoint, name, message) of all that it says to others."""
 
-    def __init__(self, actor: Callable[[Channel], Actor[Any]], card: PeerInfo, topology: Topology):
+    def __init__(self, actor: Callable[[Channel], Actor[Any]], info: PeerInfo, topology: Topology):
         self.told: list[tuple[int, str, Any]] = []
-        self.channel = FakeChannel(card)
+        self.channel = FakeChannel(info)
         self.system = ActorSystem(topology=topology)
         self.actor = actor(self.channel)  # type: ignore[arg-type]
         deliver = self.system.deliver
@@ -119,7 +119,7 @@ async def while_running(office: Office, script: Coroutine[Any, Any, None]) -> No
 # -- director ------------------------------------------------------------------------------------------
 
 
-def card(role: str, name: str, **facts: str) -> PeerInfo:
+def info(role: str, name: str, **facts: str) -> PeerInfo:
     return PeerInfo(role=role, name=name, facts=tuple(facts.items()))
 
 
@@ -127,7 +127,7 @@ def master(**options: Any) -> Office:
     def make(channel: Channel) -> Director:
         return Director(channel, "cache_aware", vocab_size=100, **options)
 
-    return Office(make, card("pd_master", "m"), Topology.of_master(http=2))
+    return Office(make, info("pd_master", "m"), Topology.of_master(http=2))
 
 
 def state(**more: Any) -> NodeState:
@@ -135,8 +135,8 @@ def state(**more: Any) -> NodeState:
 
 
 JOINED = (
-    PeerJoined(P, card("prefill", "p:1"), ""),
-    PeerJoined(D, card("decode", "d:1"), ""),
+    PeerJoined(P, info("prefill", "p:1"), ""),
+    PeerJoined(D, info("decode", "d:1"), ""),
     PeerMessage(P, state()),
     PeerMessage(D, state()),
 )
@@ -183,7 +183,7 @@ def test_whoever_asks_is_told_what_is_missing_now_and_when_it_changes() -> None:
             assert first == Serving("there is no prefill and no decode node")
             told = await office.tell(*JOINED)
             assert (1, "frontend", Serving("")) in told
-            told = await office.tell(PeerLeft(D, JOINED[1].card, "cut"))
+            told = await office.tell(PeerLeft(D, JOINED[1].info, "cut"))
             assert told == [(1, "frontend", Serving("there is no decode node"))]
 
         await while_running(office, go())
@@ -198,8 +198,8 @@ def test_numbers_of_nodes_are_waited_for_and_kept() -> None:
         async def go() -> None:
             await office.tell(*JOINED)
             assert office.actor.lacks == "there are 1 of 2 decode nodes (--pd_master_mode)"  # type: ignore[attr-defined]
-            assert office.channel.admit(card("decode", "d:2")) is None
-            refused = office.channel.admit(card("prefill", "p:2"))
+            assert office.channel.admit(info("decode", "d:2")) is None
+            refused = office.channel.admit(info("prefill", "p:2"))
             assert refused == "there are 1 prefill nodes already (--pd_master_mode)"
 
         await while_running(office, go())
@@ -212,15 +212,15 @@ def test_nodes_must_fit_each_other_and_have_a_role() -> None:
         office = master()
 
         async def go() -> None:
-            await office.tell(PeerJoined(P, card("prefill", "p:1", model="a"), ""))
+            await office.tell(PeerJoined(P, info("prefill", "p:1", model="a"), ""))
             admit = office.channel.admit
-            assert admit(card("decode", "d:1", model="a")) is None
-            assert admit(card("decode", "d:1", model="b")) == (
+            assert admit(info("decode", "d:1", model="a")) is None
+            assert admit(info("decode", "d:1", model="b")) == (
                 "model of decode d:1 is b, that of prefill p:1 a"
             )
-            assert "no prefill or decode node" in (admit(card("pd_master", "x")) or "")
+            assert "no prefill or decode node" in (admit(info("pd_master", "x")) or "")
             assert office.channel.dropped == []
-            assert admit(card("prefill", "p:1", model="a")) is None
+            assert admit(info("prefill", "p:1", model="a")) is None
             assert office.channel.dropped == [(P, "replaced by another process with its address")]
 
         await while_running(office, go())
@@ -246,7 +246,7 @@ def test_the_table_of_nodes_tells_what_they_say_and_what_they_have_moved_stays_c
             director = office.actor
             assert isinstance(director, Director)
             assert (director._stats(1).kv_sent_bytes, director._stats(1).kv_waiting) == (10, 3)
-            await office.tell(PeerLeft(P, JOINED[0].card, "cut"))
+            await office.tell(PeerLeft(P, JOINED[0].info, "cut"))
             assert (director._stats(1).kv_sent_bytes, director._stats(1).kv_waiting) == (10, 0)
 
         await while_running(office, go())
@@ -271,8 +271,8 @@ def test_whatever_a_node_has_left_for_its_requests_go_elsewhere_and_those_of_oth
             ((_, _, decode),) = await office.tell(Submit(5, i32([1, 2]), PARAMS))
             to = KvDestination(node="d", epoch=1, hit=0, length=2, addresses=("x",), wire=WIRE)
             await office.tell(PeerMessage(D, DecodeReserved(decode.ticket, to)))
-            await office.tell(PeerJoined(spare, card(role, "s:1"), ""), PeerMessage(spare, state()))
-            told = await office.tell(PeerLeft(P if role == "prefill" else D, card(role, "x"), why))
+            await office.tell(PeerJoined(spare, info(role, "s:1"), ""), PeerMessage(spare, state()))
+            told = await office.tell(PeerLeft(P if role == "prefill" else D, info(role, "x"), why))
             then_p, then_d = (spare, D) if role == "prefill" else (P, spare)
             ((where, again),) = [(w, m) for w, _, m in told if isinstance(m, DecodeRequest)]
             assert (where, list(again.outputs)) == (then_d, [])
@@ -336,10 +336,10 @@ def node(role: str = "decode") -> Office:
     def make(channel: Channel) -> Agent:
         return Agent(channel, [("m", 8000)], vocab_size=100, max_len=50)
 
-    return Office(make, card(role, "n"), Topology.on_one_node().as_node())
+    return Office(make, info(role, "n"), Topology.on_one_node().as_node())
 
 
-MASTER = PeerJoined(P, card("pd_master", "m"), "m:9")
+MASTER = PeerJoined(P, info("pd_master", "m"), "m:9")
 DECODE = DecodeRequest(ticket=3, prompt=i32([1, 2]), outputs=i32([]), params=PARAMS)
 
 
@@ -356,7 +356,7 @@ def test_what_a_master_asks_is_a_request_of_the_node_and_comes_back_under_its_ti
             assert (peer, name, reserved.ticket) == (P, "director", 3)
             to = reserved.to
             assert (to.epoch, to.hit, to.length, to.addresses) == (rid, 1, 2, ("tcp://n:1",))
-            assert to.node == office.channel.card.incarnation
+            assert to.node == office.channel.info.incarnation
             told = await office.tell(
                 PeerMessage(P, BeginDecode(3, 8)), PeerMessage(P, StopHit(3, 2))
             )
@@ -428,7 +428,7 @@ def test_requests_of_a_lost_master_end_and_it_is_looked_for_again() -> None:
         async def go() -> None:
             await office.tell(MASTER, AskServing(0))
             ((_, _, submit),) = await office.tell(PeerMessage(P, DECODE))
-            told = await office.tell(PeerLeft(P, MASTER.card, "cut"))
+            told = await office.tell(PeerLeft(P, MASTER.info, "cut"))
             assert (0, "scheduler", Abort(submit.rid)) in told
             assert (0, "frontend", Serving("no pd_master is connected")) in told
             assert await office.tell(PeerMessage(P, DECODE)) == []
@@ -536,7 +536,7 @@ def test_a_master_that_does_not_come_is_asked_again_where_its_channel_is(
             before = len(channel.dialled)
             await asyncio.sleep(0.05)
             assert len(channel.dialled) == before  # it is there
-            told = await office.tell(PeerLeft(P, MASTER.card, "cut"))
+            told = await office.tell(PeerLeft(P, MASTER.info, "cut"))
             assert (0, "frontend", Serving("no pd_master is connected")) in told
             while channel.dialled[-1] != "m:11":  # noqa: ASYNC110
                 await asyncio.sleep(0.001)

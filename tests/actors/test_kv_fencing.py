@@ -87,10 +87,10 @@ class Time:
     def __call__(self) -> float:
         return self.now
 
-    def lapse(self, mover: TransferThread) -> None:
+    def lapse(self, thread: TransferThread) -> None:
         for _ in range(20):
             self.now += 0.4
-            mover.turn(0)
+            thread.turn(0)
 
 
 @pytest.fixture(scope="module")
@@ -103,63 +103,69 @@ def child() -> Iterator[Child]:
 @pytest.fixture
 def scene(child: Child, request: pytest.FixtureRequest) -> Iterator[tuple[Child, Rig, Time]]:
     """The one that will be stopped, those who go on, and the time that is theirs."""
-    role, way = request.param
-    child.tell(["be", role, way])
-    rig = Rig(names=((way,), (way,)), size=SIZE, times=TransferTimeouts(lapse_s=4.0, first_s=1e9))
+    role, transport = request.param
+    child.tell(["be", role, transport])
+    rig = Rig(
+        names=((transport,), (transport,)),
+        size=SIZE,
+        times=TransferTimeouts(lapse_s=4.0, first_s=1e9),
+    )
     time = Time()
-    for mover in rig.movers:
-        mover.clock = PauseAwareClock(0.5, time)
+    for thread in rig.threads:
+        thread.clock = PauseAwareClock(0.5, time)
     yield child, rig, time
     child.go_on()
     rig.close()
 
 
-def come(mover: TransferThread) -> None:
+def come(thread: TransferThread) -> None:
     """Wait until something has come that a turn would read, or a little."""
-    mover.poller.poll(50)
+    thread.poller.poll(50)
 
 
-def stopped_when(child: Child, mover: TransferThread, reached: Callable[[], bool]) -> None:
+def stopped_when(child: Child, thread: TransferThread, reached: Callable[[], bool]) -> None:
     """Turn after turn, while the other side stands still; it stays so when that is reached."""
     end, pause = monotonic() + WAIT_S, threading.Event()
     while True:
         assert monotonic() < end
-        come(mover)
+        come(thread)
         pause.wait(0.01)  # for the other side to get anywhere
         child.stop()
-        mover.turn(0)
+        thread.turn(0)
         if reached():
             return
         child.go_on()
 
 
 def fetches(rig: Rig) -> bool:
-    """Whether the taker reads the sender's pages."""
-    taker = rig.takers[0].mover
-    assert isinstance(taker, KvReceiver)
-    return taker._ways.names == ("p2p",)
+    """Whether the receiver reads the sender's pages."""
+    receiver = rig.receivers[0].thread
+    assert isinstance(receiver, KvReceiver)
+    return receiver._transports.names == ("p2p",)
 
 
-@pytest.mark.parametrize("scene", [("sender", way) for way in WAYS], indirect=True, ids=WAYS)
+@pytest.mark.parametrize(
+    "scene", [("sender", transport) for transport in WAYS], indirect=True, ids=WAYS
+)
 def test_slots_given_to_others_are_out_of_reach_of_a_stopped_sender(
     scene: tuple[Child, Rig, Time],
 ) -> None:
     child, rig, time = scene
-    taker = rig.takers[0]
-    assert isinstance(taker.mover, KvReceiver)
-    guests = taker.mover.guests
-    taker.mover.put([ImportKv(77, 0, NUM_SLOTS, ALL)])
-    taker.mover.turn(0)
-    child.tell(["export", 5, 77, taker.mover.port])
+    receiver = rig.receivers[0]
+    assert isinstance(receiver.thread, KvReceiver)
+    senders = receiver.thread.senders
+    receiver.thread.put([ImportKv(77, 0, NUM_SLOTS, ALL)])
+    receiver.thread.turn(0)
+    child.tell(["export", 5, 77, receiver.thread.port])
     if fetches(rig):  # nothing is asked for: it is stopped before it has said what is where
-        stopped_when(child, taker.mover, lambda: bool(guests))
+        stopped_when(child, receiver.thread, lambda: bool(senders))
     else:  # it has been asked for the page, and is stopped when that has begun to come
-        stopped_when(child, taker.mover, lambda: taker.mover.pool.free < SIZE.pages)
+        stopped_when(child, receiver.thread, lambda: receiver.thread.pool.free < SIZE.pages)
         child.go_on()
-        come(taker.mover)
+        come(receiver.thread)
         child.stop()
-        taker.mover.turn(0)
-    time.lapse(taker.mover)
+        receiver.thread.turn(0)
+    time.lapse(receiver.thread)
     assert len(rig.lapsed(77)) == 1
     assert not rig.arrived(77)
     # the same slots for another request, which comes from somebody else
@@ -174,8 +180,10 @@ def test_slots_given_to_others_are_out_of_reach_of_a_stopped_sender(
     assert not rig.arrived(77)
 
 
-@pytest.mark.parametrize("scene", [("taker", way) for way in WAYS], indirect=True, ids=WAYS)
-def test_a_stopped_taker_does_not_take_what_its_sender_has_for_others(
+@pytest.mark.parametrize(
+    "scene", [("receiver", transport) for transport in WAYS], indirect=True, ids=WAYS
+)
+def test_a_stopped_receiver_does_not_take_what_its_sender_has_for_others(
     scene: tuple[Child, Rig, Time],
 ) -> None:
     child, rig, time = scene
@@ -183,7 +191,7 @@ def test_a_stopped_taker_does_not_take_what_its_sender_has_for_others(
     child.tell("slots")
     before = child.hear("slots")
     child.tell(["import", 77])
-    sender = rig.senders[0].mover
+    sender = rig.senders[0].thread
     to = rig.to(77, 0, NUM_SLOTS)
     sender.put([ExportKv(5, replace(to, addresses=(f"tcp://127.0.0.1:{port}",)))])
     rig.computed(5, 0, 0, ALL)

@@ -55,14 +55,14 @@ def ctx() -> Iterator[Sockets]:
 
 
 class Caught:
-    """Somebody who has connected to a taker, and says whatever the test wants."""
+    """Somebody who has connected to a receiver, and says whatever the test wants."""
 
     def __init__(self, rig: Rig, ctx: Sockets) -> None:
         self.rig, self.sock = rig, ctx.socket(zmq.DEALER)
         known_to(self.sock, KEYS)
-        taker = rig.takers[0].mover
-        assert isinstance(taker, KvReceiver)
-        self.sock.connect(f"tcp://127.0.0.1:{taker.port}")
+        receiver = rig.receivers[0].thread
+        assert isinstance(receiver, KvReceiver)
+        self.sock.connect(f"tcp://127.0.0.1:{receiver.port}")
 
     def say(self, *msgs: Message | bytes | list[bytes]) -> None:
         for msg in msgs:
@@ -85,12 +85,12 @@ class Caught:
 
 def caller(rig: Rig, **changes: object) -> SenderHello:
     wire = rig.senders[0].share.wire
-    made = SenderHello(node=NODE, name="x", wire=wire, rank=0, ways=("tcp",), machine="m")
+    made = SenderHello(node=NODE, name="x", wire=wire, rank=0, transports=("tcp",), machine="m")
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
 def expects(rig: Rig, epoch: int = 77) -> None:
-    rig.takers[0].mover.put([ImportKv(epoch, 0, len(SLOTS), SLOTS)])
+    rig.receivers[0].thread.put([ImportKv(epoch, 0, len(SLOTS), SLOTS)])
 
 
 READY = PageAnnounced(number=1, epoch=77, first=0, count=4)
@@ -107,7 +107,7 @@ BAD: dict[str, list[Message | bytes | list[bytes]]] = {
     "too many bytes": ["hi", READY, "pulled", [encode(PageBytes(1, 0)), b"x" * 9999]],
     "bytes without a frame": ["hi", READY, "pulled", PageBytes(1, 0)],
     "two frames of what has one": ["hi", [encode(READY), b"x"]],
-    "what a taker says": ["hi", PullPage(1)],
+    "what a receiver says": ["hi", PullPage(1)],
     "a communicator's words without one": ["hi", StoreValue("k", b"v")],
     "who it is, twice": ["hi", "hi"],
 }  # type: ignore[dict-item]
@@ -118,7 +118,7 @@ def test_what_no_sender_can_have_meant_ends_its_connection(
     words: list[Message | bytes | list[bytes]], rig: Rig, ctx: Sockets
 ) -> None:
     expects(rig)
-    before = rig.takers[0].slots()
+    before = rig.receivers[0].slots()
     caught = Caught(rig, ctx)
     for word in words:
         if word == "hi":
@@ -134,10 +134,10 @@ def test_what_no_sender_can_have_meant_ends_its_connection(
     assert rig.matches(SLOTS, MORE)
     caught.say(caller(rig), READY, b"noise")  # it is not heard any more
     rig.turns(20)
-    after = rig.takers[0].slots()
+    after = rig.receivers[0].slots()
     assert all(after[i] == before[i] for i in set(range(NUM_SLOTS)) - set(MORE))
-    assert rig.takers[0].mover.counts.refused == 1
-    assert rig.takers[0].mover.pool.free == rig.takers[0].mover.pool.num
+    assert rig.receivers[0].thread.counts.refused == 1
+    assert rig.receivers[0].thread.pool.free == rig.receivers[0].thread.pool.num
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_who_does_not_fit_is_told_why(
 
 def test_memory_that_is_not_what_it_is_said_to_be_is_not_read(ctx: Sockets) -> None:
     rig = Rig(names=(("p2p",), ("p2p", "tcp")))
-    machine = rig.senders[0].mover._ways.machine  # type: ignore[attr-defined]
+    machine = rig.senders[0].thread._transports.machine  # type: ignore[attr-defined]
     try:
         for memory in (
             "cpu:1:0:1:1:1",
@@ -176,7 +176,7 @@ def test_memory_that_is_not_what_it_is_said_to_be_is_not_read(ctx: Sockets) -> N
             "cpu:" + "9" * 99,
         ):
             caught = Caught(rig, ctx)
-            caught.say(caller(rig, ways=("p2p", "tcp"), machine=machine, memory=memory))
+            caught.say(caller(rig, transports=("p2p", "tcp"), machine=machine, memory=memory))
             assert caught.until(SenderAdmitted) == SenderAdmitted("tcp", 4), memory
     finally:
         rig.close()
@@ -188,14 +188,14 @@ def test_a_frame_of_any_size_costs_no_memory(rig: Rig, ctx: Sockets) -> None:
     rig.begin(6, 78, MORE)
     rig.computed(6, 0, 0, SLOTS)
     rig.until(lambda: rig.arrived(78))
-    assert rig.takers[0].mover.counts.refused == 0
+    assert rig.receivers[0].thread.counts.refused == 0
     assert PIECE < FRAME_LIMIT
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_words_of_a_sender_harm_nobody_else(seed: int, rig: Rig, ctx: Sockets) -> None:
     rng = random.Random(seed)
-    before = rig.takers[0].slots()
+    before = rig.receivers[0].slots()
     for _ in range(12):
         expects(rig, 77)
         caught = Caught(rig, ctx)
@@ -203,16 +203,16 @@ def test_random_words_of_a_sender_harm_nobody_else(seed: int, rig: Rig, ctx: Soc
         for _ in range(30):
             caught.say(some_words(rng))
         rig.turns(3)
-        rig.takers[0].mover.put([CancelTransfer(77)])
+        rig.receivers[0].thread.put([CancelTransfer(77)])
         rig.turns(1)
     rig.begin(6, 78, MORE)
     rig.computed(6, 0, 0, SLOTS)
     rig.until(lambda: rig.arrived(78))
-    after = rig.takers[0].slots()
+    after = rig.receivers[0].slots()
     kept = set(range(NUM_SLOTS)) - set(MORE) - set(SLOTS)
     assert all(after[i] == before[i] for i in kept)
     rig.turns(20)
-    assert rig.takers[0].mover.pool.free == rig.takers[0].mover.pool.num
+    assert rig.receivers[0].thread.pool.free == rig.receivers[0].thread.pool.num
 
 
 def some_words(rng: random.Random) -> Message | list[bytes] | bytes:
@@ -239,7 +239,7 @@ def some_words(rng: random.Random) -> Message | list[bytes] | bytes:
     return bytes(raw)
 
 
-# -- and the other way: takers that are none of ours -----------------------------------------------
+# -- and the other way: receivers that are none of ours -----------------------------------------------
 
 ANSWERS: dict[str, list[Message | bytes]] = {
     "noise": [b"\xc1\x00"],
@@ -252,33 +252,33 @@ ANSWERS: dict[str, list[Message | bytes]] = {
 
 
 @pytest.mark.parametrize("words", ANSWERS.values(), ids=ANSWERS)
-def test_what_no_taker_can_have_meant_ends_what_goes_there(
+def test_what_no_receiver_can_have_meant_ends_what_goes_there(
     words: list[Message | bytes], rig: Rig, ctx: Sockets
 ) -> None:
-    door = ctx.socket(zmq.ROUTER)
-    strangers = protected(door, KEYS)
-    port = door.bind_to_random_port("tcp://127.0.0.1")
+    listener = ctx.socket(zmq.ROUTER)
+    failed_handshakes = protected(listener, KEYS)
+    port = listener.bind_to_random_port("tcp://127.0.0.1")
     there = replace(rig.to(99, 0, 11), addresses=(f"tcp://127.0.0.1:{port}",))
-    rig.senders[0].mover.put([ExportKv(5, there)])
+    rig.senders[0].thread.put([ExportKv(5, there)])
     rig.computed(5, 0, 0, SLOTS)
     got: list[list[bytes]] = []
-    rig.until(lambda: bool(door.poll(0)) and (got.append(door.recv_multipart()) or True))
+    rig.until(lambda: bool(listener.poll(0)) and (got.append(listener.recv_multipart()) or True))
     ident, raw = got[0]
     assert isinstance(decode(raw), SenderHello)
     for word in words:
-        door.send_multipart([ident, encode(word) if isinstance(word, Message) else word])
+        listener.send_multipart([ident, encode(word) if isinstance(word, Message) else word])
     rig.until(lambda: rig.sent(5) == [[0]])
     rig.begin(6, 78, MORE)
     rig.computed(6, 0, 0, SLOTS)
     rig.until(lambda: rig.arrived(78))
     assert rig.matches(SLOTS, MORE)
     rig.turns(5)
-    assert rig.senders[0].mover.pool.free == rig.senders[0].mover.pool.num
-    strangers.close()
+    assert rig.senders[0].thread.pool.free == rig.senders[0].thread.pool.num
+    failed_handshakes.close()
 
 
 @pytest.mark.parametrize("limit", ["time", "number"])
-def test_a_taker_that_reads_nothing_is_given_up_and_holds_up_nobody(
+def test_a_receiver_that_reads_nothing_is_given_up_and_holds_up_nobody(
     limit: str, ctx: Sockets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It says that it is there all the time; what it is to be told waits, for a while, up to a limit."""
@@ -286,9 +286,9 @@ def test_a_taker_that_reads_nothing_is_given_up_and_holds_up_nobody(
     if limit == "number":
         monkeypatch.setattr(kv_thread, "MOST_WAITING", 8)
     deaf = ctx.socket(zmq.ROUTER)
-    strangers = protected(deaf, KEYS)
+    failed_handshakes = protected(deaf, KEYS)
     port = deaf.bind_to_random_port("tcp://127.0.0.1")
-    sender = rig.senders[0].mover
+    sender = rig.senders[0].thread
     assert isinstance(sender, KvSender)
     try:
         address = f"tcp://127.0.0.1:{port}"
@@ -297,8 +297,8 @@ def test_a_taker_that_reads_nothing_is_given_up_and_holds_up_nobody(
         got: list[list[bytes]] = []
         rig.until(lambda: bool(deaf.poll(0)) and (got.append(deaf.recv_multipart()) or True))
         deaf.send_multipart([got[0][0], encode(SenderAdmitted("tcp", 4))])
-        (line,) = sender._lines.values()
-        rig.until(lambda: line.way == "tcp")
+        (line,) = sender._receivers.values()
+        rig.until(lambda: line.transport == "tcp")
 
         def full(frame: bytes, flags: int) -> None:
             raise zmq.Again
@@ -315,34 +315,34 @@ def test_a_taker_that_reads_nothing_is_given_up_and_holds_up_nobody(
             return rig.sent(5) == [[0]]
 
         rig.until(given_up)
-        assert line not in sender._lines.values()
+        assert line not in sender._receivers.values()
         rig.until(lambda: rig.arrived(78))
         assert rig.matches(SLOTS, MORE)
     finally:
-        strangers.close()
+        failed_handshakes.close()
         rig.close()
 
 
 def test_strangers_are_not_heard(rig: Rig, ctx: Sockets) -> None:
     stranger = ctx.socket(zmq.DEALER)
     known_to(stranger, CurveKeys.make())
-    taker = rig.takers[0].mover
-    assert isinstance(taker, KvReceiver)
-    stranger.connect(f"tcp://127.0.0.1:{taker.port}")
+    receiver = rig.receivers[0].thread
+    assert isinstance(receiver, KvReceiver)
+    stranger.connect(f"tcp://127.0.0.1:{receiver.port}")
     stranger.send(encode(caller(rig)), zmq.NOBLOCK)
     rig.begin(6, 78, MORE)
     rig.computed(6, 0, 0, SLOTS)
     rig.until(lambda: rig.arrived(78))
     assert not stranger.poll(100)
-    rig.until(lambda: taker.counts.strangers > 0)
+    rig.until(lambda: receiver.counts.failed_handshakes > 0)
 
 
-def test_a_taker_that_does_not_read_keeps_no_pages_of_others(ctx: Sockets) -> None:
+def test_a_receiver_that_does_not_read_keeps_no_pages_of_others(ctx: Sockets) -> None:
     """It has asked for all there is, and stands still; others go on with what is left."""
     size = Size(dim=1 << 12, tokens=8, pages=4)
     rig = Rig(size=size)
     still = ctx.socket(zmq.ROUTER)
-    strangers = protected(still, KEYS)
+    failed_handshakes = protected(still, KEYS)
     port = still.bind_to_random_port("tcp://127.0.0.1")
     still.setsockopt(zmq.RCVHWM, 4)
     wire = rig.senders[0].share.wire
@@ -350,7 +350,7 @@ def test_a_taker_that_does_not_read_keeps_no_pages_of_others(ctx: Sockets) -> No
         node=NODE, epoch=99, hit=0, length=64, addresses=(f"tcp://127.0.0.1:{port}",), wire=wire
     )
     try:
-        rig.senders[0].mover.put([ExportKv(5, there)])
+        rig.senders[0].thread.put([ExportKv(5, there)])
         rig.computed(5, 0, 0, array("i", range(NUM_SLOTS)))
         got: list[bytes] = []
         rig.until(lambda: bool(still.poll(0)) and (got.extend(still.recv_multipart()) or True))
@@ -362,20 +362,20 @@ def test_a_taker_that_does_not_read_keeps_no_pages_of_others(ctx: Sockets) -> No
         rig.until(lambda: rig.arrived(78))
         assert rig.matches(SLOTS, MORE)
     finally:
-        strangers.close()
+        failed_handshakes.close()
         rig.close()
 
 
 def test_what_nobody_asked_for_leaves_a_page_for_those_who_have(ctx: Sockets) -> None:
-    """A taker that fetches nothing holds pages; another one waits with a page for its own."""
-    ways = ("p2p", "tcp"), ("tcp",)
-    rig = Rig(names=ways, size=Size(tokens=8, pages=2))
+    """A receiver that fetches nothing holds pages; another one waits with a page for its own."""
+    transports = ("p2p", "tcp"), ("tcp",)
+    rig = Rig(names=transports, size=Size(tokens=8, pages=2))
     still = ctx.socket(zmq.ROUTER)
-    strangers = protected(still, KEYS)
+    failed_handshakes = protected(still, KEYS)
     port = still.bind_to_random_port("tcp://127.0.0.1")
     try:
         there = replace(rig.to(99, 0, 64), addresses=(f"tcp://127.0.0.1:{port}",))
-        sender = rig.senders[0].mover
+        sender = rig.senders[0].thread
         sender.put([ExportKv(5, there)])
         rig.computed(5, 0, 0, array("i", range(NUM_SLOTS)))
         rig.until(lambda: bool(still.poll(0)))
@@ -388,7 +388,7 @@ def test_what_nobody_asked_for_leaves_a_page_for_those_who_have(ctx: Sockets) ->
         rig.until(lambda: rig.arrived(78))
         assert rig.matches(SLOTS, MORE)
     finally:
-        strangers.close()
+        failed_handshakes.close()
         rig.close()
 
 
@@ -396,11 +396,11 @@ def test_a_page_that_was_something_elses_by_the_time_it_was_read_is_no_ones_k_an
     """Its sender has given it away after it had said what is in it."""
     size = Size(pages=4)
     rig = Rig(names=(("p2p",), ("p2p",)), size=size)
-    sender, taker = rig.senders[0].mover, rig.takers[0].mover
+    sender, receiver = rig.senders[0].thread, rig.receivers[0].thread
     try:
         rig.begin(5, 77, SLOTS[:4])
         rig.computed(5, 0, 0, SLOTS[:4])
-        rig.until(lambda: sender.counts.sent_pages > 0, [taker, sender])
+        rig.until(lambda: sender.counts.sent_pages > 0, [receiver, sender])
         (page,) = set(range(sender.pages.num)) - set(sender.pool._free)
         assert isinstance(sender.pages, CpuPages)
         sender.pages._stamps[page].add_(1)
@@ -410,7 +410,7 @@ def test_a_page_that_was_something_elses_by_the_time_it_was_read_is_no_ones_k_an
         rig.computed(6, 0, 0, SLOTS)
         rig.until(lambda: rig.arrived(78))
         assert rig.matches(SLOTS, MORE)
-        rig.until(lambda: (sender.pool.free, taker.pool.free) == (size.pages, size.pages))
+        rig.until(lambda: (sender.pool.free, receiver.pool.free) == (size.pages, size.pages))
     finally:
         rig.close()
 
@@ -438,18 +438,18 @@ class Receives:
 
 def test_what_a_communicator_still_sends_of_ended_requests_takes_no_memory(ctx: Sockets) -> None:
     rig, pair = Rig(names=(("nccl",), ("nccl",))), Receives()
-    taker = rig.takers[0].mover
-    assert isinstance(taker, KvReceiver)
-    taker._ways.backend = lambda *_: pair  # type: ignore[assignment]
+    receiver = rig.receivers[0].thread
+    assert isinstance(receiver, KvReceiver)
+    receiver._transports.backend = lambda *_: pair  # type: ignore[assignment]
     try:
         for_nobody = Caught(rig, ctx)
-        for_nobody.say(caller(rig, ways=("nccl",)))
+        for_nobody.say(caller(rig, transports=("nccl",)))
         for_nobody.until(SenderAdmitted)
         for_nobody.say(*(PageFilled(number, 0, 100 + number) for number in range(1, 9)))
         rig.until(lambda: len(pair.into) == 8)
         assert [len(page) for page in pair.into] == [*range(101, 109)]
         assert len({page.data_ptr() for page in pair.into}) == 1
-        for_nobody.say(PageFilled(9, 0, taker.pages.size + 1))
+        for_nobody.say(PageFilled(9, 0, receiver.pages.size + 1))
         for_nobody.until(TransferRefused)
     finally:
         rig.close()
@@ -471,7 +471,7 @@ def test_a_connection_sends_nothing_of_a_request_that_comes_on_another(
     assert other.until(EpochClosed) == EpochClosed(77, "it is not expected there")
     first.say(READY)
     first.until(PullPage)
-    rig.takers[0].mover.put([ImportKv(78, 0, len(SLOTS), MORE)])
+    rig.receivers[0].thread.put([ImportKv(78, 0, len(SLOTS), MORE)])
     other.say(EpochOpened(78), replace(READY, number=2, epoch=78))  # its other requests go on
     other.until(PullPage)
 
@@ -496,8 +496,8 @@ def test_a_transfer_without_progress_lapses_and_costs_no_other(ctx: Sockets) -> 
         assert (rig.arrived(78), rig.lapsed(78)) == (True, [])
         over = idle.until(EpochClosed)
         assert over == EpochClosed(77, "4 tokens have not come in 0.5 s")
-        assert rig.takers[0].mover.counts.refused == 0  # it may send others
-        assert rig.takers[0].mover.pool.free == rig.takers[0].mover.pool.num
+        assert rig.receivers[0].thread.counts.refused == 0  # it may send others
+        assert rig.receivers[0].thread.pool.free == rig.receivers[0].thread.pool.num
     finally:
         rig.close()
 
@@ -507,21 +507,21 @@ def test_a_sender_that_reads_nothing_is_refused_and_holds_up_nobody(
 ) -> None:
     """What it is to be told waits here for a while, and for no more than that."""
     rig = Rig(times=TransferTimeouts(lapse_s=0.5, first_s=WAIT_S))
-    taker = rig.takers[0].mover
-    assert isinstance(taker, KvReceiver)
+    receiver = rig.receivers[0].thread
+    assert isinstance(receiver, KvReceiver)
     deaf = Caught(rig, ctx)
     try:
         deaf.say(caller(rig))
         deaf.until(SenderAdmitted)
-        (ident,) = taker.guests
-        send = taker.door.send_multipart
+        (ident,) = receiver.senders
+        send = receiver.listener.send_multipart
 
         def full(frames: list[bytes], flags: int) -> object:
             if frames[0] == ident:
                 raise zmq.Again
             return send(frames, flags)
 
-        monkeypatch.setattr(taker.door, "send_multipart", full)
+        monkeypatch.setattr(receiver.listener, "send_multipart", full)
         expects(rig)
         deaf.say(EpochOpened(77), READY)
         rig.begin(6, 78, MORE)
@@ -535,7 +535,7 @@ def test_a_sender_that_reads_nothing_is_refused_and_holds_up_nobody(
         assert rig.arrived(78)
         assert rig.matches(SLOTS, MORE)
         assert rig.lapsed(77) == ["its sender has read nothing for 0.5 s"]
-        assert taker.guests[ident].over
-        assert taker.pool.free == taker.pool.num
+        assert receiver.senders[ident].over
+        assert receiver.pool.free == receiver.pool.num
     finally:
         rig.close()

@@ -38,21 +38,21 @@ def rigs() -> Iterator[list[Rig]]:
 
 def untouched(before: list[list[bytes]], rig: Rig, slots: array[int]) -> bool:
     """All slots but these are as they were."""
-    after = [rank.slots() for rank in rig.takers]
+    after = [rank.slots() for rank in rig.receivers]
     others = set(range(NUM_SLOTS)) - set(slots)
     return all(a[i] == b[i] for a, b in zip(before, after, strict=True) for i in others)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("transport", WAYS)
 @pytest.mark.parametrize("tps", [(1, 1), (2, 1), (1, 2), (2, 8)], ids=str)
 def test_chunks_travel_while_later_ones_are_computed(
-    tps: tuple[int, int], way: str, rigs: list[Rig]
+    tps: tuple[int, int], transport: str, rigs: list[Rig]
 ) -> None:
-    rigs.append(rig := Rig(tps, ((way,), (way,))))
-    before = [rank.slots() for rank in rig.takers]
+    rigs.append(rig := Rig(tps, ((transport,), (transport,))))
+    before = [rank.slots() for rank in rig.receivers]
     rig.begin(5, 77, TARGETS, hit=3)
     rig.computed(5, 0, 3, SOURCES[:6])
-    rig.until(lambda: rig.sent(5) == [[0]] * tps[0] and rig.movers[-1].counts.taken_pages > 0)
+    rig.until(lambda: rig.sent(5) == [[0]] * tps[0] and rig.threads[-1].counts.taken_pages > 0)
     assert not rig.arrived(77)
     rig.computed(5, 1, 9, SOURCES[6:])
     rig.until(lambda: rig.arrived(77) and rig.sent(5) == [[0, 1]] * tps[0])
@@ -60,13 +60,13 @@ def test_chunks_travel_while_later_ones_are_computed(
     assert untouched(before, rig, TARGETS)
     assert not rig.lapsed(77)
     rig.turns(20)
-    assert all(mover.pool.free == mover.pool.num for mover in rig.movers)
-    assert [len(rank.told) for rank in rig.takers] == [1] * tps[1]
+    assert all(thread.pool.free == thread.pool.num for thread in rig.threads)
+    assert [len(rank.told) for rank in rig.receivers] == [1] * tps[1]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_many_requests_share_few_pages(way: str, rigs: list[Rig]) -> None:
-    rigs.append(rig := Rig(names=((way,), (way,)), size=Size(pages=2)))
+@pytest.mark.parametrize("transport", WAYS)
+def test_many_requests_share_few_pages(transport: str, rigs: list[Rig]) -> None:
+    rigs.append(rig := Rig(names=((transport,), (transport,)), size=Size(pages=2)))
     for i in range(5):
         some = slice(11 * i, 11 * i + 11)
         rig.begin(i, 100 + i, array("i", range(NUM_SLOTS))[some])
@@ -83,10 +83,10 @@ def test_k_v_that_are_read_before_their_step_is_over_are_not_sent(rigs: list[Rig
     rigs.append(rig := Rig())
     rig.begin(5, 77, TARGETS)
     sender = rig.senders[0]
-    sender.mover.put([KvComputed(rid=5, seq=0, step=9, start=0, slots=SOURCES), StepFinished(8)])
+    sender.thread.put([KvComputed(rid=5, seq=0, step=9, start=0, slots=SOURCES), StepFinished(8)])
     rig.turns(50)
     assert rig.sent(5) == [[]]
-    sender.mover.put([StepFinished(10)])
+    sender.thread.put([StepFinished(10)])
     rig.until(lambda: rig.arrived(77))
 
 
@@ -99,53 +99,53 @@ def test_what_is_not_wanted_is_answered_at_once(rigs: list[Rig]) -> None:
     assert not rig.arrived(77)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_sender_that_forgets_ends_the_import(way: str, rigs: list[Rig]) -> None:
-    rigs.append(rig := Rig(names=((way,), (way,))))
-    before = [rank.slots() for rank in rig.takers]
+@pytest.mark.parametrize("transport", WAYS)
+def test_a_sender_that_forgets_ends_the_import(transport: str, rigs: list[Rig]) -> None:
+    rigs.append(rig := Rig(names=((transport,), (transport,))))
+    before = [rank.slots() for rank in rig.receivers]
     rig.begin(5, 77, TARGETS)
     rig.computed(5, 0, 0, SOURCES[:4])
     rig.until(lambda: rig.sent(5) == [[0]])
-    rig.senders[0].mover.put([CancelTransfer(5)])
+    rig.senders[0].thread.put([CancelTransfer(5)])
     rig.computed(5, 1, 4, SOURCES[4:])
     rig.until(lambda: rig.lapsed(77) != [] and rig.sent(5) == [[0, 1]])
     assert rig.lapsed(77) == ["its request has ended there"]
     rig.turns(20)
     assert untouched(before, rig, TARGETS[:4])
-    assert all(mover.pool.free == mover.pool.num for mover in rig.movers)
+    assert all(thread.pool.free == thread.pool.num for thread in rig.threads)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_taker_that_forgets_takes_nothing_more(way: str, rigs: list[Rig]) -> None:
-    rigs.append(rig := Rig(names=((way,), (way,))))
+@pytest.mark.parametrize("transport", WAYS)
+def test_a_receiver_that_forgets_takes_nothing_more(transport: str, rigs: list[Rig]) -> None:
+    rigs.append(rig := Rig(names=((transport,), (transport,))))
     rig.begin(5, 77, TARGETS)
     rig.computed(5, 0, 0, SOURCES[:4])
     rig.until(lambda: rig.sent(5) == [[0]])
-    rig.takers[0].mover.put([CancelTransfer(77)])
+    rig.receivers[0].thread.put([CancelTransfer(77)])
     rig.until(lambda: rig.lapsed(77) == [""])
-    before = [rank.slots() for rank in rig.takers]
+    before = [rank.slots() for rank in rig.receivers]
     rig.computed(5, 1, 4, SOURCES[4:])
     rig.until(lambda: rig.sent(5) == [[0, 1]])
     rig.turns(20)
     assert untouched(before, rig, array("i"))
-    assert rig.takers[0].told == [TransferFailed(77, 0)]
-    assert all(mover.pool.free == mover.pool.num for mover in rig.movers)
+    assert rig.receivers[0].told == [TransferFailed(77, 0)]
+    assert all(thread.pool.free == thread.pool.num for thread in rig.threads)
 
 
 def test_a_server_behind_the_same_address_is_another_one(rigs: list[Rig]) -> None:
     rigs.append(rig := Rig())
-    rig.takers[0].mover.put([ImportKv(77, 0, 11, TARGETS)])
-    rig.senders[0].mover.put([ExportKv(5, rig.to(77, 0, 11, node="another"))])
+    rig.receivers[0].thread.put([ImportKv(77, 0, 11, TARGETS)])
+    rig.senders[0].thread.put([ExportKv(5, rig.to(77, 0, 11, node="another"))])
     rig.computed(5, 0, 0, SOURCES)
-    before = rig.takers[0].slots()
+    before = rig.receivers[0].slots()
     rig.until(lambda: rig.sent(5) == [[0]])
-    assert rig.takers[0].slots() == before
-    assert rig.takers[0].told == []  # it still waits for its own
+    assert rig.receivers[0].slots() == before
+    assert rig.receivers[0].told == []  # it still waits for its own
 
 
 def test_an_import_that_nobody_sends_lapses(rigs: list[Rig]) -> None:
     rigs.append(rig := Rig(times=TransferTimeouts(first_s=0.05, lapse_s=WAIT_S)))
-    rig.takers[0].mover.put([ImportKv(77, 0, 11, TARGETS)])
+    rig.receivers[0].thread.put([ImportKv(77, 0, 11, TARGETS)])
     rig.until(lambda: rig.lapsed(77) != [])
     assert rig.lapsed(77) == ["no sender has been heard of in 0.05 s"]
 
@@ -159,11 +159,11 @@ def test_each_of_the_keys_is_tried(rigs: list[Rig]) -> None:
 
 def test_a_sender_may_be_quicker_than_the_word_of_the_scheduler(rigs: list[Rig]) -> None:
     rigs.append(rig := Rig())
-    rig.senders[0].mover.put([ExportKv(5, rig.to(77, 0, 11))])
+    rig.senders[0].thread.put([ExportKv(5, rig.to(77, 0, 11))])
     rig.computed(5, 0, 0, SOURCES)
     rig.turns(50)
     assert rig.sent(5) == [[]]
-    rig.takers[0].mover.put([ImportKv(77, 0, 11, TARGETS)])
+    rig.receivers[0].thread.put([ImportKv(77, 0, 11, TARGETS)])
     rig.until(lambda: rig.arrived(77))
     assert rig.matches(SOURCES, TARGETS)
 
@@ -171,7 +171,7 @@ def test_a_sender_may_be_quicker_than_the_word_of_the_scheduler(rigs: list[Rig])
 def test_a_request_that_nobody_comes_to_expect_is_given_up(rigs: list[Rig]) -> None:
     times = TransferTimeouts(first_s=WAIT_S, lapse_s=WAIT_S, early_s=0.02)
     rigs.append(rig := Rig(times=times))
-    rig.senders[0].mover.put([ExportKv(5, rig.to(77, 0, 11))])
+    rig.senders[0].thread.put([ExportKv(5, rig.to(77, 0, 11))])
     rig.computed(5, 0, 0, SOURCES)
     rig.until(lambda: rig.sent(5) == [[0]])
 
@@ -179,18 +179,18 @@ def test_a_request_that_nobody_comes_to_expect_is_given_up(rigs: list[Rig]) -> N
 def test_epochs_of_two_servers_may_be_equal(rigs: list[Rig]) -> None:
     """They are numbers of requests, which each server counts by itself."""
     rigs += [rig := Rig(), Rig()]
-    other = rigs[1].takers[0]
-    assert isinstance(other.mover, KvReceiver)
-    there = replace(rig.to(77, 0, 11), addresses=(f"tcp://127.0.0.1:{other.mover.port}",))
-    movers = [*rig.movers, other.mover]
+    other = rigs[1].receivers[0]
+    assert isinstance(other.thread, KvReceiver)
+    there = replace(rig.to(77, 0, 11), addresses=(f"tcp://127.0.0.1:{other.thread.port}",))
+    threads = [*rig.threads, other.thread]
     rig.begin(5, 77, TARGETS)
-    rig.senders[0].mover.put([ExportKv(6, there)])
-    other.mover.put([ImportKv(77, 0, 11, TARGETS)])
+    rig.senders[0].thread.put([ExportKv(6, there)])
+    other.thread.put([ImportKv(77, 0, 11, TARGETS)])
     rig.computed(5, 0, 0, SOURCES)
-    rig.until(lambda: rig.arrived(77), movers)
-    rig.turns(20, movers)  # what is over there is not over here
+    rig.until(lambda: rig.arrived(77), threads)
+    rig.turns(20, threads)  # what is over there is not over here
     rig.computed(6, 0, 0, SOURCES)
-    rig.until(lambda: KvArrived(77, 0) in other.told, movers)
+    rig.until(lambda: KvArrived(77, 0) in other.told, threads)
 
 
 def test_a_server_that_ends_waits_for_what_it_has_promised(rigs: list[Rig]) -> None:
@@ -199,39 +199,39 @@ def test_a_server_that_ends_waits_for_what_it_has_promised(rigs: list[Rig]) -> N
     rig.computed(5, 0, 0, SOURCES)
     rig.until(lambda: rig.sent(5) == [[0]])
     if not rig.arrived(77):
-        assert not rig.senders[0].mover.drained.is_set()
+        assert not rig.senders[0].thread.drained.is_set()
     rig.until(lambda: rig.arrived(77))
-    rig.until(rig.senders[0].mover.drained.is_set)
+    rig.until(rig.senders[0].thread.drained.is_set)
 
 
-@pytest.mark.parametrize("end", ["sender", "taker"])
+@pytest.mark.parametrize("end", ["sender", "receiver"])
 def test_a_storm_of_aborts_costs_no_other_request(end: str, rigs: list[Rig]) -> None:
     """All is said to one connection in one turn, far more than ZeroMQ holds for it."""
     rigs.append(rig := Rig())
-    sender, taker = rig.senders[0].mover, rig.takers[0].mover
-    assert isinstance(taker, KvReceiver)
+    sender, receiver = rig.senders[0].thread, rig.receivers[0].thread
+    assert isinstance(receiver, KvReceiver)
     rig.begin(5, 77, TARGETS)
     storm = range(1000, 3000)
     for rid in storm:
         rig.begin(rid, rid, SOURCES[:1])
-    rig.until(lambda: all(entry.links for entry in taker.inbox.imports.values()))
-    (sender if end == "sender" else taker).put([CancelTransfer(rid) for rid in storm])
-    rig.turns(3, [sender if end == "sender" else taker])
+    rig.until(lambda: all(entry.links for entry in receiver.inbox.imports.values()))
+    (sender if end == "sender" else receiver).put([CancelTransfer(rid) for rid in storm])
+    rig.turns(3, [sender if end == "sender" else receiver])
     rig.computed(5, 0, 0, SOURCES)
     rig.until(lambda: rig.arrived(77) and all(map(rig.lapsed, storm)))
     assert rig.matches(SOURCES, TARGETS)
-    assert taker.counts.refused == sender.counts.refused == 0
-    ended = {"sender": "its request has ended there", "taker": ""}[end]
+    assert receiver.counts.refused == sender.counts.refused == 0
+    ended = {"sender": "its request has ended there", "receiver": ""}[end]
     assert {*map(tuple, map(rig.lapsed, storm))} == {(ended,)}
 
 
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("way", WAYS)
-def test_random_lives(way: str, seed: int, rigs: list[Rig]) -> None:
+@pytest.mark.parametrize("transport", WAYS)
+def test_random_lives(transport: str, seed: int, rigs: list[Rig]) -> None:
     """Requests begin, are computed, are forgotten at either end at any time. What arrives is right,
     all is answered once, and no slot changes but those of requests that are still wanted."""
     rng = random.Random(seed)
-    rigs.append(rig := Rig((2, 2), ((way,), (way,)), size=Size(pages=3)))
+    rigs.append(rig := Rig((2, 2), ((transport,), (transport,)), size=Size(pages=3)))
     lives = [_Life(i, rng) for i in range(12)]
     for _ in range(150):
         life = rng.choice(lives)
@@ -245,9 +245,9 @@ def test_random_lives(way: str, seed: int, rigs: list[Rig]) -> None:
     rig.turns(20)
     for life in lives:
         life.check(rig)
-    told = [msg for rank in [*rig.senders, *rig.takers] for msg in rank.told]
+    told = [msg for rank in [*rig.senders, *rig.receivers] for msg in rank.told]
     assert len(told) == len(set(told))
-    assert all(mover.pool.free == mover.pool.num for mover in rig.movers)
+    assert all(thread.pool.free == thread.pool.num for thread in rig.threads)
 
 
 class _Life:
@@ -265,8 +265,8 @@ class _Life:
             self.begun = True
             rig.begin(self.rid, self.epoch, self.slots)
         elif rng.random() < 0.1 and self.forgotten is None:
-            for rank in rng.choice([rig.senders, rig.takers]):
-                rank.mover.put([CancelTransfer(self.rid if rank in rig.senders else self.epoch)])
+            for rank in rng.choice([rig.senders, rig.receivers]):
+                rank.thread.put([CancelTransfer(self.rid if rank in rig.senders else self.epoch)])
         else:
             self.compute(rig, rng.randrange(1, 4))
 
@@ -277,8 +277,8 @@ class _Life:
 
     def look(self, rig: Rig) -> None:
         """From the answers of all ranks on, its slots are somebody else's."""
-        if self.forgotten is None and len(rig.lapsed(self.epoch)) == len(rig.takers):
-            self.forgotten = [[rank.slots()[i] for i in self.slots] for rank in rig.takers]
+        if self.forgotten is None and len(rig.lapsed(self.epoch)) == len(rig.receivers):
+            self.forgotten = [[rank.slots()[i] for i in self.slots] for rank in rig.receivers]
 
     def end(self, rig: Rig) -> None:
         if not self.begun:
@@ -288,28 +288,33 @@ class _Life:
 
     def is_over(self, rig: Rig) -> bool:
         answers = [
-            msg for rank in rig.takers for msg in rank.told if getattr(msg, "rid", -1) == self.epoch
+            msg
+            for rank in rig.receivers
+            for msg in rank.told
+            if getattr(msg, "rid", -1) == self.epoch
         ]
         all_sent = rig.sent(self.rid) == [list(range(self.seq))] * len(rig.senders)
-        return len(answers) == len(rig.takers) and all_sent
+        return len(answers) == len(rig.receivers) and all_sent
 
     def check(self, rig: Rig) -> None:
         if self.forgotten is not None:
-            assert [[rank.slots()[i] for i in self.slots] for rank in rig.takers] == self.forgotten
+            assert [
+                [rank.slots()[i] for i in self.slots] for rank in rig.receivers
+            ] == self.forgotten
         elif rig.arrived(self.epoch):
             assert rig.matches(self.slots, self.slots)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("transport", WAYS)
 def test_what_was_under_way_when_it_was_forgotten_does_not_come_in_place_of_another(
-    way: str, rigs: list[Rig]
+    transport: str, rigs: list[Rig]
 ) -> None:
-    rigs.append(rig := Rig(names=((way,), (way,))))
-    sender, taker = rig.senders[0].mover, rig.takers[0].mover
+    rigs.append(rig := Rig(names=((transport,), (transport,))))
+    sender, receiver = rig.senders[0].thread, rig.receivers[0].thread
     rig.begin(5, 77, TARGETS[:4])
     rig.computed(5, 0, 0, SOURCES[:4])
-    rig.until(lambda: sender.counts.sent_pages > 0, [taker, sender])
-    taker.put([CancelTransfer(77)])
+    rig.until(lambda: sender.counts.sent_pages > 0, [receiver, sender])
+    receiver.put([CancelTransfer(77)])
     rig.begin(6, 78, TARGETS[4:8])
     rig.computed(6, 0, 0, SOURCES[4:8])
     rig.until(lambda: rig.arrived(78))

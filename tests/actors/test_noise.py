@@ -15,7 +15,7 @@ from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import CurveKeys, TransportSettings, frame_head
 from asyncllm.codec import encode, protocol
 from asyncllm.messages import EndpointGone
-from tests.actors.test_channel import End, a_card, running, until
+from tests.actors.test_channel import End, an_info, running, until
 from tests.actors.test_transport import run
 from tests.raw import mutated, offer, push, raw, scream
 
@@ -51,12 +51,12 @@ class Door(End):
             self.system = ActorSystem(0, TransportSettings("tcp://127.0.0.1:*", self.keys))
             self.port, self.sort = int(self.system.address.rpartition(":")[2]), zmq.PUSH
         else:
-            self.channel = Channel(a_card("pd_master"), (self.keys,))
+            self.channel = Channel(an_info("pd_master"), (self.keys,))
             self.channel.listen("127.0.0.1", 0)
             self.system = ActorSystem()
             self.system.use_channel(self.channel, "owner")
             self.port, self.sort = self.channel.port, zmq.DEALER
-            self.honest = End(a_card("decode"), self.keys)
+            self.honest = End(an_info("decode"), self.keys)
             self.honest.channel.dial("127.0.0.1", self.port)
         self.keeper = Keeper()
         self.system.add(self.keeper)
@@ -76,7 +76,7 @@ class Door(End):
         """Mutated frames and random ones, from several sockets."""
         control = frame_head(f"#{protocol()}", True)
         valid = [
-            control + encode(PeerHello(a_card())),
+            control + encode(PeerHello(an_info())),
             control + encode(PeerHeartbeat()),
             frame_head("owner", False) + encode(EndpointGone(1)),
         ]
@@ -102,7 +102,7 @@ def test_noise_reaches_no_actor_without_the_key_and_harms_nobody_with_it(kind: s
             await door.hears(2)
             assert door.keeper.told == told + 1
             assert door.system.foreign_frames == 0
-            await until(lambda: door.system.strangers)
+            await until(lambda: door.system.failed_handshakes)
             door.assail(draw, door.keys)
             await until(lambda: door.system.foreign_frames > ROUNDS // 2)
             await door.hears(3)

@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import TCPStore
 from asyncllm.actors import peer_connector
 from asyncllm.actors.base import Actor
 from asyncllm.actors.channel import Channel
-from asyncllm.actors.guide import ConfigServerClient
+from asyncllm.actors.config_client import ConfigServerClient
 from asyncllm.actors.peer_messages import PeerInfo
 from asyncllm.actors.registry import Registry
 from asyncllm.actors.system import ActorSystem
@@ -99,13 +99,13 @@ class Guided(Place):
     def __init__(self, role: str, name: str) -> None:
         super().__init__(role, name)
         announces = AnnounceMaster("10.0.0.1", 9001) if role == "pd_master" else None
-        self.guide = ConfigServerClient(self.channel, ("127.0.0.1", HTTP_PORT), announces)
+        self.client = ConfigServerClient(self.channel, ("127.0.0.1", HTTP_PORT), announces)
         self.owner, self.front = Keeper("owner"), Keeper("frontend")
         self.watchdog, self.agent = Keeper("watchdog"), Keeper("agent")
-        for actor in (self.guide, self.owner, self.front, self.watchdog, self.agent):
+        for actor in (self.client, self.owner, self.front, self.watchdog, self.agent):
             self.system.add(actor)
-        self.system.ref("guide").tell(AskMasters(0))
-        self.begin("owner", {"config_server": "guide"})
+        self.system.ref("config_client").tell(AskMasters(0))
+        self.begin("owner", {"config_server": "config_client"})
 
 
 @asynccontextmanager
@@ -150,7 +150,7 @@ def test_masters_and_nodes_are_told_who_comes_and_goes(found: Callable[[int], No
             for place in (one, two, node):
                 await until(lambda: place.front.addresses() == ["m:1", "m:2"])  # noqa: B023
             told = {each["address"]: each for each in server.objects("pd_masters")}
-            assert told["m:1"]["id"] == one.channel.card.incarnation
+            assert told["m:1"]["id"] == one.channel.info.incarnation
             assert (told["m:2"]["channel_host"], told["m:2"]["channel_port"]) == ("10.0.0.1", 9001)
             assert [each["address"] for each in server.objects("nodes")] == ["d:1"]
             await two.end()
@@ -215,9 +215,9 @@ def test_an_abort_reaches_all_other_masters_and_no_node(found: Callable[[int], N
         async with all_of(server, one, two, node):
             await until(lambda: len(server.objects("pd_masters")) == 2)
             await until(lambda: node.agent.addresses() == ["m:1", "m:2"])
-            one.system.ref("guide").tell(Cancel("mine"))
+            one.system.ref("config_client").tell(Cancel("mine"))
             await until(lambda: two.watchdog.cancelled() == ["mine"])
-            two.system.ref("guide").tell(Cancel(""))
+            two.system.ref("config_client").tell(Cancel(""))
             await until(lambda: one.watchdog.cancelled() == [""])
             assert node.watchdog.got == []
 
@@ -235,7 +235,7 @@ def test_a_master_that_has_started_anew_takes_the_place_of_what_it_was(
             await until(lambda: server.objects("pd_masters"))
             after = Guided("pd_master", "m:1")
             async with all_of(after):
-                ids = [after.channel.card.incarnation]
+                ids = [after.channel.info.incarnation]
                 await until(lambda: [o["id"] for o in server.objects("pd_masters")] == ids)
                 before.system.stop()
 
@@ -244,7 +244,7 @@ def test_a_master_that_has_started_anew_takes_the_place_of_what_it_was(
 
 def test_who_is_there_and_who_has_gone_are_counted(found: Callable[[int], None]) -> None:
     def value(series: str) -> float:
-        process = ProcessCounters([("registry", 3, 0.5, 0.25)], dead_letters=4, strangers=2)
+        process = ProcessCounters([("registry", 3, 0.5, 0.25)], dead_letters=4, failed_handshakes=2)
         lines = server.registry.registered(process).exposition().decode().splitlines()
         (line,) = (line for line in lines if line.startswith(f"asyncllm_{series} "))
         return float(line.rpartition(" ")[2])

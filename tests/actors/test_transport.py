@@ -337,7 +337,7 @@ def test_who_hangs_up_or_speaks_something_else_is_a_stranger_when_his_time_is_ov
         now, came = 100.0, asyncio.Event()
         keys = CurveKeys.make()
         door = Transport(TransportSettings("tcp://127.0.0.1:*", keys), lambda *_: came.set())
-        door._strangers._clock = lambda: now
+        door._failed_handshakes._clock = lambda: now
         door.start()
         where = ("127.0.0.1", int(door.address.rpartition(":")[2]))
         with socket.create_connection(where, timeout=20) as stranger:
@@ -345,10 +345,10 @@ def test_who_hangs_up_or_speaks_something_else_is_a_stranger_when_his_time_is_ov
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
         push(door.address, keys, [frame("sink", 1)])
         await came.wait()
-        while door.strangers + len(door._strangers._accepted) != 1:  # noqa: ASYNC110
+        while door.failed_handshakes + len(door._failed_handshakes._accepted) != 1:  # noqa: ASYNC110
             await asyncio.sleep(0.01)  # libzmq may call it failed at once, or not at all
         now += 3 * HANDSHAKE_S
-        assert door.strangers == 1
+        assert door.failed_handshakes == 1
         door.close()
 
     run(go())

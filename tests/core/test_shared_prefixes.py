@@ -27,7 +27,7 @@ def opened(ledger: Ledger, lane: int, ids: list[int], share: bool = True) -> Non
 
 
 def ledger_of(total: int, least: int = 1, **options: bool) -> Ledger:
-    return Ledger(total, siblings=SharedPrefixIndex(least), **options)
+    return Ledger(total, prefix_order=SharedPrefixIndex(least), **options)
 
 
 def test_nested_prefixes_follow_one_another() -> None:
@@ -36,23 +36,23 @@ def test_nested_prefixes_follow_one_another() -> None:
     for lane, kept, tail in [(0, 40, 50), (1, 20, 60), (2, 40, 70), (3, 0, 80), (4, 20, 60)]:
         opened(ledger, lane, trunk[:kept] + [tail + i for i in range(9)])
     granted = ledger.reserve(ints([0]), ints([1]), {})
-    assert list(granted.siblings) == [0, 2, 1, 4, 3]
-    assert list(granted.commons) == [0, 40, 20, 28, 0]
+    assert list(granted.prefix_order) == [0, 2, 1, 4, 3]
+    assert list(granted.shared_lens) == [0, 40, 20, 28, 0]
     for lane in (0, 1):
         ledger.release(lane, ints([]))
         check_ledger(ledger)
     granted = ledger.reserve(ints([2]), ints([1]), {})
-    assert (list(granted.siblings), list(granted.commons)) == ([2, 4, 3], [0, 20, 0])
+    assert (list(granted.prefix_order), list(granted.shared_lens)) == ([2, 4, 3], [0, 20, 0])
 
 
 def test_who_shares_nothing_or_little_is_not_told() -> None:
-    ledger = Ledger(300, siblings=SharedPrefixIndex())
+    ledger = Ledger(300, prefix_order=SharedPrefixIndex())
     few = list(range(LEAST - 1))
     for lane in range(3):
         opened(ledger, lane, [*few, 1000 + lane])
     opened(ledger, 3, [*few, 1000], share=False)
     granted = ledger.reserve(ints([0]), ints([1]), {})
-    assert (len(granted.siblings), len(granted.commons)) == (0, 0)
+    assert (len(granted.prefix_order), len(granted.shared_lens)) == (0, 0)
 
 
 def test_a_column_that_has_not_changed_is_the_same_object() -> None:
@@ -60,10 +60,10 @@ def test_a_column_that_has_not_changed_is_the_same_object() -> None:
     for lane in range(2):
         opened(ledger, lane, [1, 2, 3, 4 + lane])
     first, then = (ledger.reserve(ints([0, 1]), ints([1, 1]), {}) for _ in range(2))
-    assert first.siblings is then.siblings
-    assert list(first.commons) == [0, 3]
+    assert first.prefix_order is then.prefix_order
+    assert list(first.shared_lens) == [0, 3]
     opened(ledger, 2, [1, 2, 9])
-    assert list(first.siblings) == [0, 1]
+    assert list(first.prefix_order) == [0, 1]
 
 
 def test_computed_side_by_side_is_not_shared_though_the_tokens_are_equal() -> None:
@@ -78,9 +78,9 @@ def test_computed_side_by_side_is_not_shared_though_the_tokens_are_equal() -> No
     opened(ledger, 2, [1, 2, 3, 4, 5, 6])
     opened(ledger, 3, [1, 2, 3, 4, 6, 6])
     granted = ledger.reserve(ints([0]), ints([1]), {})
-    order, commons = list(granted.siblings), list(granted.commons)
+    order, shared_lens = list(granted.prefix_order), list(granted.shared_lens)
     assert order == [0, 2, 3, 1]
-    assert commons == [0, 5, 4, 0]
+    assert shared_lens == [0, 5, 4, 0]
 
 
 @pytest.mark.parametrize("windows", [False, True])
@@ -90,9 +90,9 @@ def test_random_lives(seed: int, windows: bool) -> None:
     rng = random.Random(seed)
     window = Window(rng.choice([3, 20]))
     told = SharedPrefixIndex(rng.choice([1, 4]))
-    ledger = Ledger(400, siblings=told)
+    ledger = Ledger(400, prefix_order=told)
     if windows:
-        ledger = WindowLedger(PerSpace(400, 350), window, siblings=told)
+        ledger = WindowLedger(PerSpace(400, 350), window, prefix_order=told)
     texts: list[list[int]] = [[rng.randrange(3) for _ in range(60)] for _ in range(3)]
     lanes: dict[int, tuple[list[int], int]] = {}
     met = 0
@@ -122,5 +122,5 @@ def test_random_lives(seed: int, windows: bool) -> None:
             ledger.launched(ints([lane]))
             ledger.release(lane, ints([turn % 3] * max(0, done - len(ids))))
         check_ledger(ledger)
-        met = max(met, sum(common >= told.least for common in told.commons))
+        met = max(met, sum(common >= told.least for common in told.shared_lens))
     assert met >= 3

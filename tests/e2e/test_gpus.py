@@ -90,8 +90,8 @@ def test_k_and_v_between_gpus(
     """A decode node that is new, or lost, while others move K/V, disturbs nobody."""
     second = torch.cuda.device_count() > 2 or gpus is SAME
     reference = Reference(tiny_dir)
-    takers = gpus[1 : 2 + second]
-    with GpuCluster(tiny_dir, tmp_path, way, (gpus[:1], takers), monkeypatch) as cluster:
+    receivers = gpus[1 : 2 + second]
+    with GpuCluster(tiny_dir, tmp_path, way, (gpus[:1], receivers), monkeypatch) as cluster:
 
         def check(size: int) -> None:
             prompt = random_ids(size, 256, size)

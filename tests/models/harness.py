@@ -78,7 +78,7 @@ class Driver:
             seq.computed += count
             samples.append(int(seq.computed >= len(seq.prompt)))
         self.step += 1
-        siblings, commons = relations([seq for seq, _, _ in rows])
+        prefix_order, shared_lens = relations([seq for seq, _, _ in rows])
         done = self.device.launch(
             StepPlan(
                 step=self.step,
@@ -91,8 +91,8 @@ class Driver:
                 tokens=i32(tokens),
                 samples=bytearray(samples),
                 opened=opened,
-                siblings=siblings,
-                commons=commons,
+                prefix_order=prefix_order,
+                shared_lens=shared_lens,
                 masked=i32(i for i, (s, _, _) in enumerate(rows) if s.lane in (masks or {})),
                 masks=bytearray().join((masks or {}).get(s.lane, b"") for s, _, _ in rows),
             )
@@ -119,13 +119,13 @@ class Driver:
 
 
 def relations(sequences: list[Sequence]) -> tuple[array[int], array[int]]:
-    """``siblings`` and ``commons`` of a plan, from the slots."""
+    """``prefix_order`` and ``shared_lens`` of a plan, from the slots."""
     order = sorted(sequences, key=lambda seq: seq.slots)
-    commons = [0]
+    shared_lens = [0]
     for left, right in pairwise(order):
         same = (a == b for a, b in zip(left.slots, right.slots, strict=False))
-        commons.append(sum(takewhile(bool, same)))
-    return i32(seq.lane for seq in order), i32(commons)
+        shared_lens.append(sum(takewhile(bool, same)))
+    return i32(seq.lane for seq in order), i32(shared_lens)
 
 
 def _penalised(p: SamplingParams) -> bool:

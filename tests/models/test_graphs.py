@@ -195,8 +195,8 @@ def step(num_decode: int, prefills: list[int], choices: list[int]) -> StepPlan:
         counts=i32(counts), cached_counts=i32([0] * num), slots=i32(range(100, 100 + total)),
         tokens=i32(range(200, 200 + total)), samples=bytearray(1 for _ in counts),
         opened=[OpenedLane(lane, 3, p, i32([])) for lane, p in enumerate(params)],
-        sliding=i32(range(500, 500 + total)), siblings=i32(range(num)),
-        commons=i32([0 if lane % 9 == 0 else 6 for lane in range(num)]),
+        sliding=i32(range(500, 500 + total)), prefix_order=i32(range(num)),
+        shared_lens=i32([0 if lane % 9 == 0 else 6 for lane in range(num)]),
     )  # fmt: skip
 
 

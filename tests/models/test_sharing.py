@@ -22,18 +22,18 @@ FREE = SharingCosts(rows=16, block=0.0, row=0.0, step=-1.0)
 
 
 def columns(
-    siblings: list[int], commons: list[int], lanes: list[int], costs: SharingCosts = FREE
+    prefix_order: list[int], shared_lens: list[int], lanes: list[int], costs: SharingCosts = FREE
 ) -> SharedColumns | None:
-    given = (np.array(column, np.int32) for column in (siblings, commons, lanes))
+    given = (np.array(column, np.int32) for column in (prefix_order, shared_lens, lanes))
     return shared_columns(*given, costs)
 
 
-def plan(siblings: list[int], commons: list[int], lanes: list[int]) -> StepPlan:
+def plan(prefix_order: list[int], shared_lens: list[int], lanes: list[int]) -> StepPlan:
     num = len(lanes)
     return StepPlan(
         step=1, num_decode=num, lanes=i32(lanes), starts=i32([500] * num), counts=i32([1] * num),
         cached_counts=i32([0] * num), slots=i32(range(num)), tokens=i32([-1] * num),
-        samples=bytearray(b"\1" * num), siblings=i32(siblings), commons=i32(commons),
+        samples=bytearray(b"\1" * num), prefix_order=i32(prefix_order), shared_lens=i32(shared_lens),
     )  # fmt: skip
 
 
@@ -69,18 +69,22 @@ def test_what_costs_more_than_it_saves_is_no_group() -> None:
 
 def test_the_groups_that_save_most_where_there_are_too_many() -> None:
     num = MAX_GROUPS + 5
-    commons = [0 if i % 2 == 0 else 100 + i for i in range(2 * num)]
-    found = columns([*range(2 * num)], commons, [*range(2 * num)])
+    shared_lens = [0 if i % 2 == 0 else 100 + i for i in range(2 * num)]
+    found = columns([*range(2 * num)], shared_lens, [*range(2 * num)])
     assert found is not None
     assert found.groups.shape[1] == MAX_GROUPS
-    assert found.saved == sum(sorted(commons)[-MAX_GROUPS:])
+    assert found.saved == sum(sorted(shared_lens)[-MAX_GROUPS:])
 
 
-def groups_by_pairs(order: list[int], commons: list[int], lanes: list[int]) -> set[tuple[int, ...]]:
+def groups_by_pairs(
+    order: list[int], shared_lens: list[int], lanes: list[int]
+) -> set[tuple[int, ...]]:
     """(begin, stop, rows) of each set of rows that have more in common than any larger one."""
     rows = [lanes.index(lane) for lane in order if lane in lanes]
     at = [i for i, lane in enumerate(order) if lane in lanes]
-    shared = {(i, j): min(commons[at[i] + 1 : at[j] + 1]) for j in range(len(at)) for i in range(j)}
+    shared = {
+        (i, j): min(shared_lens[at[i] + 1 : at[j] + 1]) for j in range(len(at)) for i in range(j)
+    }
     depths: dict[tuple[int, ...], int] = {}
     for depth in set(shared.values()) - {0}:
         for i in range(len(rows)):
@@ -103,10 +107,10 @@ def test_random_trees(seed: int) -> None:
     rng = random.Random(seed)
     num = rng.randint(2, 12)
     order = rng.sample(range(20), num)
-    commons = [0, *(rng.choice([0, 5, 9, 9, 14, 30]) for _ in range(num - 1))]
+    shared_lens = [0, *(rng.choice([0, 5, 9, 9, 14, 30]) for _ in range(num - 1))]
     lanes = [*rng.sample(order, rng.randint(1, num)), 25]
-    found = columns(order, commons, lanes)
-    want = groups_by_pairs(order, commons, lanes)
+    found = columns(order, shared_lens, lanes)
+    want = groups_by_pairs(order, shared_lens, lanes)
     if sum(len(group) - 2 for group in want) > MEMBERS * len(lanes):
         want = set()
     if not want:
@@ -126,17 +130,17 @@ def test_random_trees(seed: int) -> None:
 def test_the_groups_of_an_unchanged_step_are_those_of_the_last_and_count_again() -> None:
     sharing = SharedReads(FREE)
     lanes = [*range(LEAST_ROWS)]
-    commons = [0, *[400] * (LEAST_ROWS - 1)]
-    first, then = (sharing.of(plan(lanes, commons, lanes)) for _ in range(2))
+    shared_lens = [0, *[400] * (LEAST_ROWS - 1)]
+    first, then = (sharing.of(plan(lanes, shared_lens, lanes)) for _ in range(2))
     assert first is not None
     assert first is then
     assert sharing.saved == 2 * 400 * (LEAST_ROWS - 1)
-    other = sharing.of(plan(lanes[::-1], commons, lanes))
+    other = sharing.of(plan(lanes[::-1], shared_lens, lanes))
     assert other is not None
     assert other.order.tolist() == lanes[::-1]
-    assert sharing.of(plan(lanes, commons, lanes[:-1])) is None  # too few rows
+    assert sharing.of(plan(lanes, shared_lens, lanes[:-1])) is None  # too few rows
     assert sharing.of(plan([], [], lanes)) is None
-    assert SharedReads(None).of(plan(lanes, commons, lanes)) is None
+    assert SharedReads(None).of(plan(lanes, shared_lens, lanes)) is None
 
 
 def test_costs_follow_the_shape() -> None:

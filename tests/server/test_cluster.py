@@ -34,7 +34,7 @@ def test_a_master_listens_behind_its_http_port_unless_told_otherwise(free_port: 
         channel, host = open_channel(config, stack)
         assert channel is not None
         assert (channel.port, host) == (free_port, "127.0.0.1")
-        assert (channel.card.role, channel.card.name) == ("pd_master", "127.0.0.1:65535")
+        assert (channel.info.role, channel.info.name) == ("pd_master", "127.0.0.1:65535")
         with pytest.raises(StartupError, match=f"127.0.0.1:{free_port}"):
             open_channel(config, stack)
 
@@ -49,7 +49,7 @@ def test_nodes_of_this_machine_need_no_secret() -> None:
     with contextlib.ExitStack() as stack:
         channel, host = open_channel(Config(run_mode="prefill", port=9100), stack)
         assert channel is not None
-        assert (channel.port, host, channel.card.name) == (0, "127.0.0.1", "127.0.0.1:9100")
+        assert (channel.port, host, channel.info.name) == (0, "127.0.0.1", "127.0.0.1:9100")
 
 
 @pytest.mark.parametrize(

@@ -244,5 +244,5 @@ def test_noise_harms_nobody_with_the_key_or_without() -> None:
         w.settle()
         assert w.said["late"].startswith("this server already has all its nodes")
         assert w.ended == {}
-        assert wait_until(lambda: w.meeting.strangers, 5)
+        assert wait_until(lambda: w.meeting.failed_handshakes, 5)
         assert w.meeting.foreign_frames > 100

@@ -77,5 +77,5 @@ def test_groups_that_share_experts_refuse_to_guess_tokens() -> None:
     none: Any = None
     config = Config(tp=2, dp=2, speculative="ngram")
     with contextlib.ExitStack() as stack, pytest.raises(StartupError) as caught:
-        rank._seat(config, spec, none, Path(), stack)
+        rank._assign_endpoint(config, spec, none, Path(), stack)
     assert str(caught.value).startswith("--speculative ngram with --dp 2: ")

@@ -16,7 +16,7 @@ from asyncllm.core.windows import Window
 from asyncllm.engine.kv_transports import AUTO, MODES, TCP, make_ways
 from asyncllm.errors import StartupError
 from asyncllm.server.launch import Boot
-from asyncllm.server.transfer import open_door, refuse, transfer_keys
+from asyncllm.server.transfer import open_kv_listener, refuse, transfer_keys
 from asyncllm.topology import Topology
 
 
@@ -48,12 +48,12 @@ def boot(host: str = "127.0.0.1", endpoint: int = 0, **options: object) -> Boot:
 
 @contextmanager
 def opened(boot: Boot) -> Iterator[KvListener]:
-    door = open_door(boot)
-    assert door is not None
+    listener = open_kv_listener(boot)
+    assert listener is not None
     try:
-        yield door
+        yield listener
     finally:
-        door.close()
+        listener.close()
 
 
 @contextmanager
@@ -75,35 +75,35 @@ def taken(host: str = "127.0.0.1") -> Iterator[int]:
 
 def test_each_rank_has_the_port_behind_the_one_before_it() -> None:
     with taken() as busy:
-        with opened(boot(pd_decode_rpyc_port=busy - 1)) as door:
-            assert door.port == busy - 1
+        with opened(boot(pd_decode_rpyc_port=busy - 1)) as listener:
+            assert listener.port == busy - 1
         with pytest.raises(StartupError, match=rf"127.0.0.1:{busy}: .*--pd_decode_rpyc_port"):
-            open_door(boot(endpoint=1, pd_decode_rpyc_port=busy - 1))
+            open_kv_listener(boot(endpoint=1, pd_decode_rpyc_port=busy - 1))
 
 
 def test_a_busy_default_gives_way_to_a_free_port() -> None:
     with taken() as busy:
         config = boot(pd_decode_rpyc_port=busy).config
         object.__setattr__(config, "explicit", frozenset())  # as if it had been the default
-        with opened(replace(boot(), config=config)) as door:
-            assert door.port not in (0, busy)
+        with opened(replace(boot(), config=config)) as listener:
+            assert listener.port not in (0, busy)
 
 
 def test_a_port_beyond_the_last_one_is_an_error() -> None:
     with pytest.raises(StartupError, match="there is no such port"):
-        open_door(boot(endpoint=1, pd_decode_rpyc_port=65535))
+        open_kv_listener(boot(endpoint=1, pd_decode_rpyc_port=65535))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "192.0.2.1"])
 def test_it_listens_where_others_are_told_to_connect(host: str, free_port: int) -> None:
-    with opened(boot(host, pd_decode_rpyc_port=free_port)) as door:
+    with opened(boot(host, pd_decode_rpyc_port=free_port)) as listener:
         # 192.0.2.1 is nowhere: what leads there, such as a gateway, leads to any address here
         reached = "127.0.0.1" if host == "192.0.2.1" else host
-        socket.create_connection((reached, door.port), timeout=10).close()
+        socket.create_connection((reached, listener.port), timeout=10).close()
 
 
 def test_a_prefill_node_listens_nowhere() -> None:
-    assert open_door(boot(run_mode="prefill")) is None
+    assert open_kv_listener(boot(run_mode="prefill")) is None
 
 
 def test_without_a_secret_only_this_machine_is_spoken_to() -> None:

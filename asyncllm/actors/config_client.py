@@ -47,7 +47,7 @@ class ConfigServerClient(Actor[Inbox]):
     def __init__(
         self, channel: Channel, server: tuple[str, int], announces: AnnounceMaster | None = None
     ) -> None:
-        super().__init__("guide")
+        super().__init__("config_client")
         self._search = PeerConnector(channel, server, WHAT, self.spawn)
         self._announces, self._joined_once = announces, False
         self._masters: tuple[MasterAddress, ...] = ()
