@@ -431,7 +431,7 @@ async def requests(
         max_len=MAX_LEN,
     )  # fmt: skip
     device = Invented(args.step_ms / 1e3, len(text.pieces))
-    engine = (Allocator(num_slots, prefix_order=True), scheduler, Runner(device, reports=True))
+    engine = (Allocator(num_slots, shared_prefixes=True), scheduler, Runner(device, reports=True))
     for actor in (*engine, Detokenizer(text), tokenizer, front, Quiet("watchdog")):
         system.add(actor)
     running = asyncio.create_task(system.run())

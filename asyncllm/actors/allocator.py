@@ -23,7 +23,7 @@ class Allocator(Actor[ReserveSlots | ReleaseSlots | Probe]):
         use_tree: False: no prefix cache (--disable_dynamic_prompt_cache).
         window: of layers that have a slot space of their own, if there are any.
         num_sliding: slots of that space.
-        siblings: report with each grant which lanes share their first slots.
+        shared_prefixes: report with each grant which lanes share their first slots.
     """
 
     orders = frozenset({Probe})
@@ -35,14 +35,14 @@ class Allocator(Actor[ReserveSlots | ReleaseSlots | Probe]):
         use_tree: bool = True,
         window: Window | None = None,
         num_sliding: int = 0,
-        prefix_order: bool = False,
+        shared_prefixes: bool = False,
     ) -> None:
         super().__init__("allocator")
-        known = SharedPrefixIndex() if prefix_order else None
-        self.ledger = Ledger(num_slots, use_tree=use_tree, prefix_order=known)
+        known = SharedPrefixIndex() if shared_prefixes else None
+        self.ledger = Ledger(num_slots, use_tree=use_tree, shared_prefixes=known)
         if window is not None:
             num = PerSpace(num_slots, num_sliding)
-            self.ledger = WindowLedger(num, window, use_tree=use_tree, prefix_order=known)
+            self.ledger = WindowLedger(num, window, use_tree=use_tree, shared_prefixes=known)
 
     def started(self) -> None:
         self._scheduler = self.system.ref("scheduler")

@@ -1,4 +1,4 @@
-"""Guide: connects a master or node to the config_server, and keeps its list of masters.
+"""Config client: connects a master or node to the config_server, and keeps its list of masters.
 
 Owns that connection. Nobody here waits for the config_server: while it is unreachable, its last
 list stays in use.

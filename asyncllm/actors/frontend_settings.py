@@ -53,7 +53,7 @@ class ClusterSettings:
             ``Serving``; "": they always can.
         elsewhere: why requests are not accepted here, and where to send them; "": they are.
         cluster_port: where a master's nodes connect; 0: this is no master.
-        guided: the config_client at the coordinator knows the other masters.
+        has_config_server: the config_client at the coordinator knows the other masters.
         mark: prefix of the ids of answers, so that other masters know whose they are, see
             :func:`mark_of`; "": there are no others.
     """

@@ -11,7 +11,7 @@ import mmap
 import os
 
 PLACES = 1 << 16  # endpoint numbers wrap around; only used pages take memory
-TABLES = 3  # times, foreign frames, strangers
+TABLES = 3  # times, foreign frames, failed handshakes
 SIZE = 8 * PLACES * TABLES
 
 
@@ -26,7 +26,7 @@ class Heartbeats:
     @staticmethod
     def create() -> int:
         """Create the memory; no heartbeats in it yet."""
-        fd = os.memfd_create("asyncllm-pulse")
+        fd = os.memfd_create("asyncllm-heartbeats")
         os.ftruncate(fd, SIZE)
         return fd
 
@@ -39,12 +39,12 @@ class Heartbeats:
         return self._times[endpoint % PLACES]
 
     def note(self, endpoint: int, foreign_frames: int, failed_handshakes: int) -> None:
-        """Record the foreign frames and strangers of ``endpoint`` since its start."""
+        """Record the foreign frames and failed handshakes of ``endpoint`` since its start."""
         self._foreign[endpoint % PLACES] = foreign_frames
         self._failed_handshakes[endpoint % PLACES] = failed_handshakes
 
     def noted(self, below: int, but: int) -> tuple[int, int]:
-        """Foreign frames and strangers of all endpoints with numbers ``below``, ``but`` one."""
+        """Foreign frames and failed handshakes of endpoints with numbers ``below``, ``but`` one."""
         end = min(below, PLACES)
         foreign, failed_handshakes = sum(self._foreign[:end]), sum(self._failed_handshakes[:end])
         mine = but % PLACES

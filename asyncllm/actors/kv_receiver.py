@@ -137,7 +137,7 @@ class KvReceiver(TransferThread):
     Args:
         ways: transports that this rank supports.
         node: the id of this server.
-        door: its listening socket, owned by the thread from now on.
+        listener: its listening socket, owned by the thread from now on.
     """
 
     def __init__(

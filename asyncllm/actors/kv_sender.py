@@ -91,7 +91,7 @@ class _ReceiverConnection:
     Attributes:
         heard: time of its last frame, or when we began to wait for it.
         way: the agreed transport; "": it has not answered yet.
-        lots: what to announce after its answer.
+        chunks: what to announce after its answer.
         cargo: announced portions, by number.
         next_up: numbers of portions to copy into pages, in order.
         filled: numbers of portions being sent through the socket.

@@ -34,7 +34,7 @@ class KvTransfer(Actor[TransferInbox]):
     """One on each rank of a prefill or decode node.
 
     Args:
-        mover: the thread, not started.
+        thread: what transfers, not started.
         address: where senders connect to it; "": it is a sender itself.
     """
 

@@ -89,7 +89,7 @@ class ActorSystem:
         return sum(end.failed_handshakes for end in (*ways, *self._actors.values()))
 
     def counted(self, others: tuple[int, int] = (0, 0)) -> tuple[int, int]:
-        """Foreign frames and strangers, with those of ``others``."""
+        """Foreign frames and failed handshakes, with those of ``others``."""
         return self.foreign_frames + others[0], self.failed_handshakes + others[1]
 
     def state(self) -> Iterator[str]:

@@ -143,7 +143,7 @@ class WatchdogHooks:
     """How a watchdog acts on the outside world; tests replace these functions.
 
     ``beat``, ``last_beat`` and ``note`` are those of ``Heartbeats``; unused with only one process.
-    ``others`` returns foreign frames and strangers of the node's other processes.
+    ``others`` returns foreign frames and failed handshakes of the node's other processes.
     """
 
     clock: Callable[[], float] = perf_counter  # on Linux the same in all processes

@@ -56,7 +56,7 @@ class ExportChunk:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PageRange:
-    """Adjacent positions of a lot, for one receiver: a page of bytes."""
+    """Adjacent positions of a chunk, for one receiver: a page of bytes."""
 
     chunk: ExportChunk
     epoch: int
@@ -76,7 +76,7 @@ class OpenExport:
     Attributes:
         hit, length: the positions that are.
         receivers: ranks there that still get something from this one.
-        lots: lots whose slots are not free yet, by number.
+        chunks: those whose slots are not free yet, by number.
         computed: when the last of them could be sent; None: not yet.
     """
 
@@ -90,7 +90,7 @@ class OpenExport:
 
 
 class ExportTable:
-    """The exports of one rank. Every lot is reported as over exactly once."""
+    """The exports of one rank. Every chunk is reported as over exactly once."""
 
     def __init__(self) -> None:
         self.exports: dict[int, OpenExport] = {}
@@ -132,7 +132,7 @@ class ExportTable:
         return ready
 
     def divide(self, chunk: ExportChunk, tokens: int) -> list[PageRange]:
-        """Portions of a lot for one receiver, of at most so many tokens; none of a dropped one."""
+        """Portions of a chunk for one receiver, of at most ``tokens``; none of a dropped one."""
         export = self.exports.get(chunk.rid)
         if chunk.dropped or export is None:
             return []
@@ -141,7 +141,7 @@ class ExportTable:
         return [PageRange(chunk, export.epoch, at, min(tokens, chunk.end - at)) for at in firsts]
 
     def copied(self, portion: PageRange) -> bool:
-        """A copy is done; returns whether the lot's slots are free now."""
+        """A copy is done; returns whether the chunk's slots are free now."""
         chunk = portion.chunk
         chunk.copying -= 1
         chunk.left -= 1
@@ -151,7 +151,7 @@ class ExportTable:
         return over
 
     def drop(self, rid: int) -> list[ExportChunk]:
-        """Nothing more of a request is sent; gives the lots whose slots are free now.
+        """Nothing more of a request is sent; gives the chunks whose slots are free now.
 
         Those that are being copied follow by :meth:`copied`.
         """

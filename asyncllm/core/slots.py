@@ -64,7 +64,7 @@ class Ledger:
     Args:
         total: slots in the pool.
         use_tree: False: no prefix cache.
-        siblings: tracks which lanes share their first slots; None: not tracked.
+        shared_prefixes: tracks which lanes share their first slots; None: not tracked.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class Ledger:
         *,
         use_tree: bool = True,
         tree: RadixTree | None = None,
-        prefix_order: SharedPrefixIndex | None = None,
+        shared_prefixes: SharedPrefixIndex | None = None,
     ) -> None:
         self.pool = SlotPool(total)
         self.tree = tree or RadixTree()
         self.lanes: dict[int, LaneSlots] = {}
-        self._use_tree, self._shared_prefixes = use_tree, prefix_order
+        self._use_tree, self._shared_prefixes = use_tree, shared_prefixes
         self.hit_tokens = self.looked_up_tokens = self.evicted_tokens = 0
 
     @property

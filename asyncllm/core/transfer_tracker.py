@@ -3,7 +3,7 @@
 Knows requests, lanes, ranks and slot numbers; knows neither the contents of slots nor how K/V
 travel.
 
-A slot is not reused while its lane has touches. An import is one touch, from when the ranks are
+A slot is not reused while its lane has holds. An import is one hold, from when the ranks are
 sent its slots until each of them has confirmed that it writes no more. Each ``KvComputed`` of an
 export is one, until each rank has confirmed that it is done with those slots.
 """

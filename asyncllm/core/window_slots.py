@@ -44,7 +44,7 @@ class WindowLedger(Ledger):
 
     Args:
         num: slots of both spaces; the sliding ones are at least ``window.most + 1``.
-        use_tree, siblings: as in ``Ledger``; siblings share slots of the full space.
+        use_tree, shared_prefixes: as in ``Ledger``; lanes share slots of the full space.
     """
 
     def __init__(
@@ -53,10 +53,12 @@ class WindowLedger(Ledger):
         window: Window,
         *,
         use_tree: bool = True,
-        prefix_order: SharedPrefixIndex | None = None,
+        shared_prefixes: SharedPrefixIndex | None = None,
     ) -> None:
         self._tree, self._window = WindowTree(window), window
-        super().__init__(num.full, use_tree=use_tree, tree=self._tree, prefix_order=prefix_order)
+        super().__init__(
+            num.full, use_tree=use_tree, tree=self._tree, shared_prefixes=shared_prefixes
+        )
         self.sliding = SlotPool(num.sliding)
         self.views: dict[int, SlidingSlots] = {}
         self.evicted_sliding = 0

@@ -33,7 +33,7 @@ class MasterAddress:
 
 @message(120)
 class AnnounceMaster(Message):
-    """guide of a master -> registry: nodes can reach me there."""
+    """config_client of a master -> registry: nodes can reach me there."""
 
     host: str
     port: int
@@ -44,7 +44,7 @@ class AnnounceMaster(Message):
 
 @message(121)
 class MasterList(Message):
-    """registry -> config_client, on every change; config_client -> agent and frontends: all registered masters."""
+    """registry -> config_client -> agent and frontends, on every change: all registered masters."""
 
     masters: tuple[MasterAddress, ...]
     away: bool = False  # the config_server is unreachable: this is its last list
@@ -55,7 +55,7 @@ class MasterList(Message):
 
 @message(122)
 class AskMasters(Message):
-    """frontend -> guide: send me ``MasterList``, now and on every change."""
+    """frontend -> config_client: send me ``MasterList``, now and on every change."""
 
     endpoint: int
 

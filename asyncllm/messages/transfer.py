@@ -2,10 +2,10 @@
 
 Two ranks stay connected for as long as they transfer. The sender connects and sends
 ``SenderHello``; it announces its data in portions (``PageAnnounced``), and sends each when the
-receiver has room and asks for it (``PullPage``). With p2p nothing is asked for: a portion is fetched
-after the sender has copied it into one of its pages (``PageFilled``), and the page's stamp, read
-after it, tells whether the page held it throughout. So neither side can make the other buffer an
-unbounded amount. Portions are numbered by the sender; numbers are never reused in a connection.
+receiver has room and asks for it (``PullPage``). With p2p nothing is asked for: a portion is
+fetched after the sender has copied it into one of its pages (``PageFilled``), and the page's stamp,
+read after it, tells whether the page held it throughout. So neither side can make the other buffer
+an unbounded amount. Portions are numbered by the sender; numbers are never reused in a connection.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def make_allocator(p: Loaded) -> AnyActor:
         use_tree=not p.boot.config.disable_dynamic_prompt_cache,
         window=p.window,
         num_sliding=p.num_slots.sliding,
-        prefix_order=p.device is not None and p.device.engine.sharing.costs is not None,
+        shared_prefixes=p.device is not None and p.device.engine.sharing.costs is not None,
     )
 
 

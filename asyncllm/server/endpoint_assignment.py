@@ -36,7 +36,7 @@ class EndpointAssignment:
         wires: where it and its children listen.
         rendezvous: where torch.distributed's ranks meet; None for one rank.
         store_fd: on rank 0 the listening socket of the rendezvous; -1 elsewhere.
-        lifeline: to the other nodes; None: there are none.
+        node_link: to the other nodes; None: there are none.
         advertised: host by which they reach this one.
     """
 
@@ -53,7 +53,7 @@ class EndpointAssignment:
 def assign_on_one_node(
     config: Config, topology: Topology, stack: contextlib.ExitStack
 ) -> EndpointAssignment:
-    """The seat on a server with one node.
+    """The assignment on a server with one node.
 
     Args:
         stack: closes what must be closed.
@@ -81,7 +81,7 @@ def assign_on_nodes(
     first_node: str | None,
     stack: contextlib.ExitStack,
 ) -> EndpointAssignment:
-    """The seat on one of several nodes: meets the others. Blocks until all are there.
+    """The assignment on one of several nodes: meets the others. Blocks until all are there.
 
     Args:
         topology: of the whole server.
@@ -116,9 +116,8 @@ def assign_on_nodes(
         assert assignment.rendezvous is not None
         log.info("waiting for %d other nodes at %s:%d", config.nnodes - 1, advertised, port)
         for other in line.gather(config.node_timeout):
-            assignment.topology = _reached_at(
-                assignment.topology, other, config.multinode_router_gloo_port
-            )
+            topology = _reached_at(topology, other, config.multinode_router_gloo_port)
+        assignment.topology = topology
         joined = NodeJoined(
             topology=assignment.topology,
             store_port=assignment.rendezvous[1],

@@ -97,7 +97,7 @@ class NodeLink:
 
     Attributes:
         foreign_frames: invalid messages from holders of the key; dropped.
-        strangers: connections that did not prove knowledge of the key.
+        failed_handshakes: connections that did not prove knowledge of the key.
     """
 
     def __init__(self, dead_after_s: float) -> None:

@@ -69,7 +69,7 @@ class NodeResources:
 
     Args:
         wires: where it and its children listen.
-        lifeline: to the other nodes; None: there are none.
+        node_link: to the other nodes; None: there are none.
         status: bound socket for /health and /metrics of a node that serves no requests.
         channel: to other servers of a cluster; None: it belongs to none.
         ahead: the helper that compiles this node's kernels; None: kernels compile at first use.
@@ -107,7 +107,7 @@ class Server:
         self._culprit = Culprit(CULPRIT_S, self._fail)
         self._heard_of_it = threading.Event()  # another node has failed
         self._checked = False  # --check has finished its tests
-        self._pulse: Heartbeats | None = None
+        self._heartbeats: Heartbeats | None = None
         self._lost_groups: set[int] = set()  # that had processes on this node
         self._next_endpoint = len(boot.topology.endpoints)  # numbers are never reused
         self._replaced: deque[float] = deque()  # recent restarts of HTTP workers
@@ -214,8 +214,10 @@ class Server:
     def _others(self) -> tuple[int, int]:
         """Foreign frames counted by this node's other processes and by the meeting of the nodes."""
         foreign = failed_handshakes = 0
-        if self._pulse is not None:
-            foreign, failed_handshakes = self._pulse.noted(self._next_endpoint, self._boot.endpoint)
+        if self._heartbeats is not None:
+            foreign, failed_handshakes = self._heartbeats.noted(
+                self._next_endpoint, self._boot.endpoint
+            )
         if self._node_link is not None:
             foreign += self._node_link.foreign_frames
             failed_handshakes += self._node_link.failed_handshakes
@@ -281,8 +283,8 @@ class Server:
         if self._children:
             hooks = replace(hooks, kill=self._children.kill_one)
         if self._boot.heartbeats_fd >= 0:
-            self._pulse = pulse = Heartbeats(self._boot.heartbeats_fd)
-            hooks = replace(hooks, beat=pulse.beat, last_beat=pulse.last, note=pulse.note)
+            self._heartbeats = beats = Heartbeats(self._boot.heartbeats_fd)
+            hooks = replace(hooks, beat=beats.beat, last_beat=beats.last, note=beats.note)
         hooks = replace(hooks, others=self._others)
         if self._channel is not None:
             system.use_channel(self._channel, *introduce(self._channel, loaded.boot))

@@ -100,7 +100,7 @@ def make_transfer(
 
     Args:
         spec: of the whole model.
-        door: where it listens; None: it sends.
+        listener: where it listens; None: it sends.
 
     Raises:
         StartupError: this machine lacks what --pd_trans_mode requires.

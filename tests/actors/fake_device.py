@@ -277,7 +277,7 @@ class FakeDevice:
                 prompt.append((row, Logprobs(1, values, tops, values)))
         assert not slots
         assert not fed
-        self._check_siblings(plan)
+        self._check_shared_prefixes(plan)
         if self.window:
             for lane, start in zip(plan.lanes, plan.starts, strict=True):
                 self._read_window(self.lanes[lane], start, self.window)
@@ -288,7 +288,7 @@ class FakeDevice:
             self.gates.append(gate)
         return FakePending(StepDone(plan.step, ids, columns, tuple(prompt), self.step_ms), gate)
 
-    def _check_siblings(self, plan: StepPlan) -> None:
+    def _check_shared_prefixes(self, plan: StepPlan) -> None:
         """Rows have in common what the plan says, written by earlier steps."""
         starts = dict(zip(plan.lanes, plan.starts, strict=True))
         assert len(set(plan.prefix_order)) == len(plan.prefix_order)
@@ -375,12 +375,12 @@ def check_ledger(ledger: Ledger) -> None:
     assert ledger.used == locked + len(private)
     assert ledger.used + ledger.cached + ledger.free == ledger.total
     if ledger._shared_prefixes is not None:
-        check_siblings(ledger, ledger._shared_prefixes)
+        check_prefix_order(ledger, ledger._shared_prefixes)
 
 
-def check_siblings(ledger: Ledger, prefix_order: SharedPrefixIndex) -> None:
+def check_prefix_order(ledger: Ledger, index: SharedPrefixIndex) -> None:
     """Any two lanes have in common what their slots say, and nobody else is named."""
-    order, shared_lens = list(prefix_order.order), list(prefix_order.shared_lens)
+    order, shared_lens = list(index.order), list(index.shared_lens)
     assert sorted(order) == sorted(lane for lane, held in ledger.lanes.items() if held.node)
     for i, lane in enumerate(order):
         common = 1 << 30
@@ -388,7 +388,7 @@ def check_siblings(ledger: Ledger, prefix_order: SharedPrefixIndex) -> None:
             common = min(common, shared_lens[j + 1])
             left, right = ledger.lanes[lane].slots, ledger.lanes[order[j]].slots
             assert left[:common] == right[:common], (lane, order[j], order)
-            end = max(common + 1, prefix_order.least)
+            end = max(common + 1, index.least)
             assert left[:end] != right[:end] or min(len(left), len(right)) < end
 
 
@@ -521,7 +521,7 @@ class World:
         if window is not None:
             slides = {"window": Window(window), "num_sliding": num_sliding}
         self.pending: deque[FakePending] = deque()
-        self.allocator = Allocator(num_slots, use_tree=use_tree, prefix_order=True, **slides)
+        self.allocator = Allocator(num_slots, use_tree=use_tree, shared_prefixes=True, **slides)
         assert self.ledger._shared_prefixes is not None
         self.ledger._shared_prefixes.least = 1
         self.scheduler = Scheduler(

@@ -150,7 +150,7 @@ def test_what_no_sender_can_have_meant_ends_its_connection(
          "num_layers is 2 here and 3 there"),
         ({"wire": KvWireFormat(format="", dtype="bf16", num_layers=2, num_heads=4, head_bytes=32,
                          tp=MOST_RANKS + 1)}, "1025 ranks"),
-        ({"ways": ("nccl", "p2p")}, "one has nccl, p2p, the other tcp"),
+        ({"transports": ("nccl", "p2p")}, "one has nccl, p2p, the other tcp"),
     ],
 )  # fmt: skip
 def test_who_does_not_fit_is_told_why(

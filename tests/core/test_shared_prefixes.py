@@ -27,7 +27,7 @@ def opened(ledger: Ledger, lane: int, ids: list[int], share: bool = True) -> Non
 
 
 def ledger_of(total: int, least: int = 1, **options: bool) -> Ledger:
-    return Ledger(total, prefix_order=SharedPrefixIndex(least), **options)
+    return Ledger(total, shared_prefixes=SharedPrefixIndex(least), **options)
 
 
 def test_nested_prefixes_follow_one_another() -> None:
@@ -46,7 +46,7 @@ def test_nested_prefixes_follow_one_another() -> None:
 
 
 def test_who_shares_nothing_or_little_is_not_told() -> None:
-    ledger = Ledger(300, prefix_order=SharedPrefixIndex())
+    ledger = Ledger(300, shared_prefixes=SharedPrefixIndex())
     few = list(range(LEAST - 1))
     for lane in range(3):
         opened(ledger, lane, [*few, 1000 + lane])
@@ -90,9 +90,9 @@ def test_random_lives(seed: int, windows: bool) -> None:
     rng = random.Random(seed)
     window = Window(rng.choice([3, 20]))
     told = SharedPrefixIndex(rng.choice([1, 4]))
-    ledger = Ledger(400, prefix_order=told)
+    ledger = Ledger(400, shared_prefixes=told)
     if windows:
-        ledger = WindowLedger(PerSpace(400, 350), window, prefix_order=told)
+        ledger = WindowLedger(PerSpace(400, 350), window, shared_prefixes=told)
     texts: list[list[int]] = [[rng.randrange(3) for _ in range(60)] for _ in range(3)]
     lanes: dict[int, tuple[list[int], int]] = {}
     met = 0
