@@ -31,7 +31,7 @@ from asyncllm.models.quantization import (
 
 WIDENED = 1 << 25  # 4-bit weights dequantised to 16 bits at a time
 # Up to so many inputs the library may sum e4m3 products in the 14 bits of the tensor cores' own
-# accumulators: a sum of one sign, the worst, then loses less than quantisation does.
+# accumulators: a result then loses less there than by being rounded to bfloat16.
 FAST_INPUTS = 4096
 # one number of rows of each class of each kernel, to cover all that serving may need
 _CLASSES = (1, 9, 17, 33, 65, 129, 257, 2048)

@@ -35,7 +35,11 @@ KEYS = {
     "prefill": {key + kind for key in BLOCKS for kind in KINDS},
     "latent": {f"{pairs} {size}" for pairs in (16, 64) for size in ("few", "many")},
     "latent prefill": {"all"},
-    "experts": {"few", "8", "32", "128", "many"},
+    "experts": {
+        f"{kind}{size}"
+        for kind in ("", "fp8 ", "fp8 block ", "int8 ")
+        for size in ("few", "8", "32", "128", "many")
+    },
     "quant": {
         *(
             f"{kind} {rows}"

@@ -138,7 +138,7 @@ def test_model_shapes_in_a_cuda_graph(kind: QuantKind, group: int, num_rows: int
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("num_rows", "k", "bound"),
-    [(20, 4096, 1e-2), (300, 1024, 1.5e-2), (300, 4096, 4e-2), (300, 14336, 1e-2)],
+    [(20, 4096, 1e-2), (300, 1024, 2e-2), (300, 4096, 8e-2), (300, 14336, 1e-2)],
 )
 def test_sums_of_one_sign(num_rows: int, k: int, bound: float) -> None:
     """What the 14 bits of the tensor cores' own sums cut off grows with the inputs, so those of many

@@ -32,9 +32,10 @@ CONFIGS = {
     "128": ExpertsConfig(64, Tile(64, 128, 4, 4), Tile(128, 128, 4, 4)),
     "many": ExpertsConfig(128, Tile(64, 128, 4, 3), Tile(128, 128, 8, 4)),
 }
-# where scales are of blocks there are three sums: in four warps they do not fit the registers
+# where scales are of blocks there are three sums: with 128 pairs they do not fit the registers of
+# four warps, if addresses of weights must be there too
 BLOCKED_CONFIGS = CONFIGS | {
-    "many": ExpertsConfig(128, Tile(64, 128, 8, 3), Tile(128, 128, 8, 4)),
+    "many": ExpertsConfig(64, Tile(64, 128, 4, 3), Tile(64, 128, 4, 3)),
 }
 
 
