@@ -587,10 +587,18 @@ def test_native_streams_one_choice() -> None:
 def test_native_inputs_and_media() -> None:
     got = lightllm.generate({"inputs": [1, 2], "multimodal_params": {}}, SERVED, stream=False)
     assert got.prompts[0].ids == array("i", [1, 2])
-    for inputs in ([], 5, [100], ["a"], [True], {}):
+    for inputs, at in (
+        ([], ""),
+        (5, ""),
+        ([100], ""),
+        ([1, "a"], "[1]"),
+        ([True], "[0]"),
+        ([1, -1], "[1]"),
+        ({}, ""),
+    ):
         with pytest.raises(RequestError) as caught:
             lightllm.generate({"inputs": inputs}, SERVED, stream=False)
-        assert caught.value.param == "inputs"
+        assert caught.value.param == f"inputs{at}"
     images = {"inputs": "x", "multimodal_params": {"images": [{"type": "url", "data": "u"}]}}
     with pytest.raises(NotAvailable, match="images is not available"):
         lightllm.generate(images, SERVED, stream=False)

@@ -6,28 +6,33 @@ Knows content blocks; knows no other field of a body.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from asyncllm.api.common.conversation import ConversationBuilder, Messages
+from asyncllm.api.common.other_fields import CACHE_CONTROL, OF_ANSWERS
 from asyncllm.api.common.request_model import (
     AnyObject,
     Items,
     RequestModel,
     TaggedUnion,
+    Unavailable,
     UnicodeStr,
 )
 
 BILLING: Final = "x-anthropic-billing-header:"
-_KIND: Final = TaggedUnion(other="a block of type {} is not available here")
+_KIND: Final = TaggedUnion(other="a block of type {} is not available")
 _SAID: Final = TaggedUnion("a string or an array of blocks")
+_OF_CALLS: Final = {key: OF_ANSWERS[key] for key in ("caller", "toolset_name")} | CACHE_CONTROL
 
 
 class TextBlock(RequestModel):
+    ignored: ClassVar = {**CACHE_CONTROL, "citations": "the text stands for itself"}
     type: Literal["text"]
     text: UnicodeStr
 
 
 class ThinkingBlock(RequestModel):
+    ignored: ClassVar = {"signature": "reasoning is not checked"}
     type: Literal["thinking"]
     thinking: UnicodeStr
 
@@ -40,6 +45,7 @@ class RedactedThinking(RequestModel):
 
 
 class ToolUse(RequestModel):
+    ignored: ClassVar = _OF_CALLS
     type: Literal["tool_use"]
     id: UnicodeStr
     name: UnicodeStr
@@ -50,6 +56,7 @@ TextContent = Annotated[UnicodeStr | Items[Annotated[TextBlock, _KIND]], _SAID]
 
 
 class ToolResult(RequestModel):
+    ignored: ClassVar = _OF_CALLS
     type: Literal["tool_result"]
     tool_use_id: UnicodeStr
     content: TextContent = ""
@@ -61,6 +68,10 @@ _AssistantBlock = Annotated[TextBlock | ThinkingBlock | RedactedThinking | ToolU
 
 
 class SystemMessage(RequestModel):
+    refused: ClassVar = {
+        "clear_at": Unavailable("clearing a message later"),
+        "output_config": Unavailable("options of one message", {}),
+    }
     role: Literal["system"]
     content: TextContent
 
@@ -83,7 +94,7 @@ def conversation(given: Sequence[UserMessage | AssistantMessage | SystemMessage]
     builder = ConversationBuilder()
     for message in given:
         role, content = message.role, message.content
-        if isinstance(content, str) or not content:
+        if isinstance(content, str) or all(isinstance(b, RedactedThinking) for b in content):
             builder.add_text(role, content if isinstance(content, str) else "")
             continue
         for block in content:

@@ -17,12 +17,14 @@ from asyncllm.api.anthropic.messages import (
     system_text,
     with_recent_thoughts,
 )
-from asyncllm.api.common import tool_request
+from asyncllm.api.common import sse, tool_request
 from asyncllm.api.common.conversation import MAX_MESSAGES, with_system
 from asyncllm.api.common.errors import NotAvailable
+from asyncllm.api.common.other_fields import CACHE_CONTROL, LATE_TOOLS
 from asyncllm.api.common.prepare import ChatPrompt, prepare_chat, refuse_trailing_calls
 from asyncllm.api.common.request import GenerationRequest, ModelName, ServedModel, temperature
 from asyncllm.api.common.request_model import (
+    AnyObject,
     Items,
     Positive,
     RequestModel,
@@ -50,15 +52,24 @@ _BILLING: Final = "nothing is billed"
 
 
 class CustomTool(RequestModel):
+    ignored: ClassVar = {
+        **CACHE_CONTROL,
+        **LATE_TOOLS,
+        "eager_input_streaming": "arguments are streamed as they come",
+    }
     type: Literal["custom"] = "custom"
     name: tool_request.ToolName
     description: UnicodeStr = ""
     input_schema: tool_request.ToolSchema
     strict: bool = False
+    allowed_callers: tool_request.Callers | None = None
+    input_examples: Items[AnyObject] = Field(default_factory=list)
 
     @property
     def tool(self) -> Tool:
-        return Tool(self.name, self.input_schema, self.description, self.strict)
+        lines = [self.description] if self.description else []
+        lines += [f"Input, for example: {sse.dumps(each)}" for each in self.input_examples]
+        return Tool(self.name, self.input_schema, "\n".join(lines), self.strict)
 
 
 def _offered(tools: list[CustomTool]) -> list[CustomTool]:
@@ -87,14 +98,19 @@ class NamedChoice(RequestModel):
         return ToolChoice("named", (ref,), parallel=not self.disable_parallel_tool_use)
 
 
+_UNCHECKED: Final = {"block_binding": "reasoning is not checked"}
+
+
 class ThinkingMode(RequestModel):
     """Whether the model is to think, and whether that is shown."""
 
+    ignored: ClassVar = _UNCHECKED
     type: Literal["adaptive", "disabled"]
     display: Literal["summarized", "omitted"] = "summarized"
 
 
 class ThinkingBudget(RequestModel):
+    ignored: ClassVar = _UNCHECKED
     type: Literal["enabled"]
     budget_tokens: Positive
     display: Literal["summarized", "omitted"] = "summarized"
@@ -106,6 +122,7 @@ class OutputFormat(RequestModel):
 
 
 class OutputConfig(RequestModel):
+    refused: ClassVar = {"task_budget": Unavailable("a budget of a task")}
     effort: UnicodeStr | None = None
     format: OutputFormat | None = None
 

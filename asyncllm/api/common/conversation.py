@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import PlainValidator
 
+from asyncllm.api.common.other_fields import CACHE_HINT
 from asyncllm.api.common.request_model import (
     AnyObject,
     Items,
@@ -89,6 +90,11 @@ def with_system(system: str | None, messages: Messages) -> Messages:
 
 
 class TextPart(RequestModel):
+    ignored: ClassVar = {
+        **CACHE_HINT,
+        "annotations": "the text stands for itself",
+        "logprobs": "the text stands for itself",
+    }
     type: Literal["text", "input_text", "output_text"]
     text: UnicodeStr
 

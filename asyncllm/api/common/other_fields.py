@@ -103,6 +103,14 @@ CHAT_REFUSED: Final = {
 }
 
 _CACHE: Final = "the prefix cache needs no hints"
+# of objects inside of bodies
+CACHE_HINT: Final = {"prompt_cache_breakpoint": _CACHE}
+CACHE_CONTROL: Final = {"cache_control": _CACHE}
+OF_ANSWERS: Final = dict.fromkeys(
+    ("id", "status", "phase", "caller", "async", "namespace", "toolset_name"),
+    "it tells of an earlier answer what the prompt does not",
+)
+LATE_TOOLS: Final = {"defer_loading": "all tools are told from the start"}
 IGNORED: Final = {
     "user": "nothing is kept of users",
     "session_id": "a conversation is found again by its tokens",

@@ -159,6 +159,10 @@ class StructuredOutputs(RequestModel):
         return only(forms, f"{name}.")
 
 
+ALWAYS_STRICT: Final = "every output is valid against its schema"
+_TOLD: Final = "the prompt does not tell of the schema"
+
+
 class FreeFormat(RequestModel):
     type: Literal["text"]
 
@@ -176,6 +180,7 @@ class ObjectFormat(RequestModel):
 
 
 class NamedSchema(RequestModel):
+    ignored: ClassVar = {"name": _TOLD, "description": _TOLD, "strict": ALWAYS_STRICT}
     grammar: SchemaObject = Field(alias="schema")
 
 

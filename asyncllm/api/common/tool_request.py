@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, Literal, NoReturn
 from pydantic import AfterValidator, Field, WithJsonSchema
 
 from asyncllm.api.common.conversation import Messages
-from asyncllm.api.common.request_model import AnyObject, RequestModel, UnicodeStr, refuse
+from asyncllm.api.common.request_model import AnyObject, Items, RequestModel, UnicodeStr, refuse
 from asyncllm.api.common.validation import preview, reject
 from asyncllm.api.parsing.events import Tool
 from asyncllm.api.parsing.output_parser import Dialect
@@ -107,6 +107,18 @@ ToolSchema = Annotated[
     AfterValidator(_object_schema),
     WithJsonSchema({"type": "object", "properties": {"type": {"enum": ["object"]}}}),
 ]
+
+
+def _direct(value: list[str]) -> list[str]:
+    if "direct" not in value:
+        refuse(
+            ": calls by programs are not available on this server, direct ones are",
+            code="not_available",
+        )
+    return value
+
+
+Callers = Annotated[Items[UnicodeStr], AfterValidator(_direct)]
 
 
 class FunctionTool(RequestModel):

@@ -62,11 +62,10 @@ def token_ids(value: list[object], name: str) -> array[int]:
     try:
         column = array("i", cast("list[int]", value))
     except (TypeError, OverflowError):
-        column = array("i", [_token_id(each, name) for each in value])
-    if bool in set(map(type, value)):
-        reject(f"{name} must be token ids, not {preview(value)}", name)
-    if column and min(column) < 0:
-        reject(f"{name}: {min(column)} is not a token id (0 .. vocabulary size - 1)", name)
+        column = array("i", [_token_id(each, f"{name}[{i}]") for i, each in enumerate(value)])
+    if bool in set(map(type, value)) or (column and min(column) < 0):
+        for i, each in enumerate(value):
+            _token_id(each, f"{name}[{i}]")
     return column
 
 

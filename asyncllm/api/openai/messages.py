@@ -7,7 +7,7 @@ message shapes; knows neither templates nor tokens.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Annotated, Any, Final, Literal, NotRequired, get_args
+from typing import Annotated, Any, ClassVar, Final, Literal, NotRequired, get_args
 
 from pydantic import (
     AfterValidator,
@@ -37,6 +37,7 @@ from asyncllm.api.common.request_model import (
     Items,
     RequestModel,
     TaggedUnion,
+    Unavailable,
     UnicodeStr,
     refuse,
 )
@@ -149,8 +150,10 @@ AssistantContent = Annotated[
 class AssistantChatMessage(_ChatMessage):
     """Which may have made calls only."""
 
+    refused: ClassVar = {"audio": Unavailable("audio")}
     role: Annotated[Literal["assistant"], BeforeValidator(_lower), _described(["assistant"])]
     content: AssistantContent = ""
+    refusal: UnicodeStr = ""  # in place of content
 
 
 class OtherMessage(_ChatMessage):
@@ -220,7 +223,8 @@ def _turn(message: ChatMessage, roles: Collection[str]) -> dict[str, object]:
         thoughts = [part for part in content if isinstance(part, ThinkingPart)]
         if thoughts:
             content = [part for part in content if not isinstance(part, ThinkingPart)]
-    turn: dict[str, object] = {"role": role, "content": text_of(content)}
+    refusal = message.refusal if isinstance(message, AssistantChatMessage) else ""
+    turn: dict[str, object] = {"role": role, "content": text_of(content) or refusal}
     for key in ("name", "tool_call_id"):
         if (said := getattr(message, key)) is not None:
             turn[key] = said

@@ -6,7 +6,7 @@ Knows input items; knows no other field of a body.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Len
 from pydantic import BeforeValidator, Field
@@ -21,23 +21,27 @@ from asyncllm.api.common.conversation import (
     text_of,
 )
 from asyncllm.api.common.custom_tool import INPUT
+from asyncllm.api.common.other_fields import OF_ANSWERS
 from asyncllm.api.common.request_model import Items, RequestModel, TaggedUnion, UnicodeStr
 from asyncllm.api.common.validation import reject
 
 
 class SpeakerItem(RequestModel):
+    ignored: ClassVar = OF_ANSWERS
     type: Literal["message"] = "message"
     role: Literal["user", "system", "developer"]
     content: PartsContent
 
 
 class AssistantItem(RequestModel):
+    ignored: ClassVar = OF_ANSWERS
     type: Literal["message"] = "message"
     role: Literal["assistant"]
     content: PartsContent = ""
 
 
 class CallItem(RequestModel):
+    ignored: ClassVar = OF_ANSWERS
     type: Literal["function_call"]
     call_id: UnicodeStr
     name: UnicodeStr
@@ -45,6 +49,7 @@ class CallItem(RequestModel):
 
 
 class CustomCallItem(RequestModel):
+    ignored: ClassVar = OF_ANSWERS
     type: Literal["custom_tool_call"]
     call_id: UnicodeStr
     name: UnicodeStr
@@ -54,21 +59,25 @@ class CustomCallItem(RequestModel):
 class CompactionItem(RequestModel):
     """What only its maker can read."""
 
+    ignored: ClassVar = OF_ANSWERS
     type: Literal["compaction", "compaction_summary"]
     encrypted_content: UnicodeStr
 
 
 class ResultItem(RequestModel):
+    ignored: ClassVar = {**OF_ANSWERS, "name": "its call has it"}
     type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: UnicodeStr
     output: PartsContent
 
 
 class ReasoningText(RequestModel):
+    ignored: ClassVar = {"type": "its place says it"}
     text: UnicodeStr
 
 
 class ReasoningItem(RequestModel):
+    ignored: ClassVar = {**OF_ANSWERS, "encrypted_content": "only its maker can read it"}
     type: Literal["reasoning"]
     content: Items[ReasoningText] = Field(default_factory=list)
     summary: Items[ReasoningText] = Field(default_factory=list)

@@ -52,6 +52,10 @@ LOGPROBS: Final = "message.output_text.logprobs"  # of ``include``
 
 
 class FlatSchemaFormat(RequestModel):
+    ignored: ClassVar = {
+        "description": "the prompt does not tell of the schema",
+        "strict": response_format.ALWAYS_STRICT,
+    }
     type: Literal["json_schema"]
     name: UnicodeStr
     json_schema: Annotated[AnyObject, AfterValidator(checked_schema)] = Field(alias="schema")
@@ -71,6 +75,13 @@ class TextOptions(RequestModel):
 
 
 class ReasoningOptions(RequestModel):
+    refused: ClassVar = {
+        "context": Unavailable("choosing which reasoning the prompt has", "auto"),
+        "mode": Unavailable("a mode of reasoning", "standard"),
+    }
+    ignored: ClassVar = dict.fromkeys(
+        ("summary", "generate_summary"), "there are no summaries: reasoning is whole"
+    )
     effort: UnicodeStr | None = None
 
 

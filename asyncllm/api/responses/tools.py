@@ -16,8 +16,21 @@ from pydantic import WithJsonSchema
 from asyncllm.api.common import tool_request
 from asyncllm.api.common.custom_tool import FreeTextFields, InputGrammar, TextInput
 from asyncllm.api.common.errors import NotAvailable
-from asyncllm.api.common.request_model import Items, RequestModel, TaggedUnion, UnicodeStr
-from asyncllm.api.common.tool_request import ChoiceMode, FunctionTool, ToolChoice, ToolRef
+from asyncllm.api.common.other_fields import LATE_TOOLS
+from asyncllm.api.common.request_model import (
+    Items,
+    RequestModel,
+    TaggedUnion,
+    Unavailable,
+    UnicodeStr,
+)
+from asyncllm.api.common.tool_request import (
+    Callers,
+    ChoiceMode,
+    FunctionTool,
+    ToolChoice,
+    ToolRef,
+)
 from asyncllm.api.common.validation import preview, reject
 from asyncllm.api.parsing.events import Tool
 
@@ -35,8 +48,14 @@ def _undated(kind: str) -> str:
 _KNOWN = TaggedUnion(other="tools of type {} are not available", fold=_undated)
 
 
+_ASYNC: Final = {"async": Unavailable("calling tools in the background", False)}
+
+
 class FlatTool(FunctionTool):
+    refused: ClassVar = _ASYNC
+    ignored: ClassVar = {**LATE_TOOLS, "output_schema": "results come as they are"}
     type: Literal["function"]
+    allowed_callers: Callers | None = None
 
 
 class GrammarInput(InputGrammar):
@@ -44,7 +63,10 @@ class GrammarInput(InputGrammar):
 
 
 class FreeTextTool(FreeTextFields):
+    refused: ClassVar = _ASYNC
+    ignored: ClassVar = LATE_TOOLS
     type: Literal["custom"]
+    allowed_callers: Callers | None = None
     format: Annotated[TextInput | GrammarInput, TaggedUnion()] | None = None
 
     @property
@@ -64,6 +86,7 @@ _InnerTool = Annotated[FlatTool | FreeTextTool | HostedTool, _KNOWN]
 
 
 class NamespaceTool(RequestModel):
+    ignored: ClassVar = {"description": "its tools are told by themselves"}
     type: Literal["namespace"]
     name: UnicodeStr
     tools: Items[_InnerTool]

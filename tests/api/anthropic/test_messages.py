@@ -190,6 +190,14 @@ HISTORY = [
 ]
 
 
+def test_a_turn_of_hidden_reasoning_alone_is_an_empty_one() -> None:
+    hidden = {"role": "assistant", "content": [{"type": "redacted_thinking", "data": "x"}]}
+    empty = {"role": "assistant", "content": []}
+    for turns in ([hidden], [hidden, {"role": "user", "content": "a"}]):
+        told = [rendered(request(messages=[m, *turns[1:]])) for m in (hidden, empty)]
+        assert told[0] == told[1]
+
+
 def test_tools_in_the_prompt() -> None:
     got = rendered(request(LISTS, tools=TOOLS, messages=HISTORY))
     assert got["tools"] == OFFERED

@@ -4,6 +4,7 @@ of those that cannot matter: none is ignored silently."""
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ from asyncllm.api.anthropic import request as anthropic
 from asyncllm.api.common.errors import NotAvailable
 from asyncllm.api.openai import request as openai
 from asyncllm.api.openapi import field_docs
-from tests.api.harness import HI, SERVED, chat_request, completion_request
+from tests.api.harness import HI, SERVED, chat_request, completion_request, rendered
+from tests.api.responses.harness import ask
 
-FIELDS = json.loads((Path(__file__).parents[2] / "data" / "published_fields.json").read_text())
+DATA = Path(__file__).parents[2] / "data"
+FIELDS = json.loads((DATA / "published_fields.json").read_text())
+# of objects inside of bodies, by the model that takes them: openai 3.57.0, anthropic 2.14.0
+INNER = json.loads((DATA / "published_inner_fields.json").read_text())
+TOOL_F = {"type": "function", "name": "f"}
 MODELS = {**field_docs.MODELS, "count": anthropic.CountRequest}
 BESIDE = {
     "messages": {"thread"},
@@ -31,6 +37,14 @@ def test_no_published_field_is_ignored_silently(route: str, source: str) -> None
     known = {field.alias or name for name, field in model.model_fields.items()}
     known |= {*model.refused, *model.ignored, *BESIDE.get(route, ())}
     assert set(FIELDS[route][source].split()) - known == set()
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_no_published_inner_field_is_ignored_silently(name: str) -> None:
+    module, _, kind = name.rpartition(".")
+    model = getattr(import_module(module), kind)
+    known = {field.alias or name for name, field in model.model_fields.items()}
+    assert set(INNER[name].split()) - known - {*model.refused, *model.ignored} == set()
 
 
 @pytest.mark.parametrize("route", FIELDS)
@@ -60,6 +74,10 @@ def test_ignored_fields_change_nothing(make: Any) -> None:
          "context_management.edits[0].type"),
         ({"context_management": {"edits": [{"type": "compact_20260112"}]}},
          "context_management.edits[0].type"),
+        ({"output_config": {"task_budget": {"type": "tokens", "total": 5}}}, "output_config.task_budget"),
+        ({"messages": [*HI, {"role": "system", "content": "x", "clear_at": 1}]}, "messages[1].clear_at"),
+        ({"tools": [{"name": "f", "input_schema": {}, "allowed_callers": ["code_execution_20260521"]}]},
+         "tools[0].allowed_callers"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused_by_name(body: dict[str, Any], param: str) -> None:
@@ -67,3 +85,40 @@ def test_what_cannot_be_honoured_is_refused_by_name(body: dict[str, Any], param:
         message_request(**body)
     assert (caught.value.param, caught.value.code) == (param, "not_available")
     assert body.popitem()[0] in caught.value.message
+
+
+def test_examples_of_a_tools_input_are_told() -> None:
+    tool = {
+        "name": "f",
+        "description": "Does.",
+        "input_schema": {},
+        "allowed_callers": ["direct", "x"],
+    }
+    asked = message_request(tools=[tool | {"input_examples": [{"a": "Ü"}, {"b": 1}]}])
+    (told,) = asked.output_options.tools
+    assert told.description == 'Does.\nInput, for example: {"a":"Ü"}\nInput, for example: {"b":1}'
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"tools": [{"type": "function", "name": "f", "async": True}]}, "tools[0].async"),
+        ({"tools": [{"type": "custom", "name": "f", "allowed_callers": ["programmatic"]}]}, "tools[0].allowed_callers"),
+        ({"reasoning": {"context": "current_turn"}}, "reasoning.context"),
+        ({"reasoning": {"mode": "pro"}}, "reasoning.mode"),
+    ],
+)  # fmt: skip
+def test_responses_refuse_inner_fields_by_name(body: dict[str, Any], param: str) -> None:
+    with pytest.raises(NotAvailable) as caught:
+        ask(**body)
+    assert caught.value.param == param
+    tools = [{"type": "function", "name": "f", "async": False, "allowed_callers": ["direct"]}]
+    reasoning = {"context": "auto", "mode": "standard", "summary": "auto"}
+    assert ask(tools=tools, reasoning=reasoning).generation == ask(tools=[TOOL_F]).generation
+
+
+def test_a_refusal_of_an_earlier_turn_is_its_content() -> None:
+    turn = {"role": "assistant", "content": None, "refusal": "no"}
+    assert rendered(chat_request(messages=[*HI, turn]))["messages"][1]["content"] == "no"
+    with pytest.raises(NotAvailable, match=r"messages\[1\]\.audio"):
+        chat_request(messages=[*HI, turn | {"audio": {"id": "x"}}])

@@ -141,7 +141,9 @@ def _call(tool: Tool, prefix: str, defs: dict[str, object]) -> dict[str, object]
 def _moved(value: object, place: str, depth: int = 0) -> Any:
     """A schema whose local references still hold when it moves to ``place``."""
     if depth > MAX_DEPTH:
-        raise RequestError(f"a tool's parameters nest deeper than {MAX_DEPTH}", param="tools")
+        raise RequestError(
+            f"tools: a tool's parameters nest deeper than {MAX_DEPTH} levels", param="tools"
+        )
     if isinstance(value, list):
         return [_moved(item, place, depth + 1) for item in value]
     if not isinstance(value, Mapping):
