@@ -584,7 +584,7 @@ def detokenizing(text: ModelTokenizer, num_rows: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=200, help="per stream")
+    parser.add_argument("--tokens", type=int, default=0, help="per stream; 0: 200, of requests 256")
     parser.add_argument("--step_ms", type=float, default=20.0)
     parser.add_argument("--clients", type=int, default=2, help="client processes")
     parser.add_argument("--inp", type=int, default=1024, help="prompt tokens of whole requests")
@@ -598,7 +598,7 @@ def main() -> None:
         uvloop.run(client(args))
         return
     text = load_tokenizer(str(ensure_demo_model(cache_dir())))
-    args.tokens = args.tokens if args.only is None else 256
+    args.tokens = args.tokens or (256 if args.only else 200)
     if args.only is None:
         parts(args, text)
     inputs = {"short": "ids 8", "ids": f"ids {args.inp}", "text": f"text {args.inp}"}
