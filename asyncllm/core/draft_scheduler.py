@@ -101,10 +101,10 @@ class DraftScheduler(RequestLifecycle):
 
     @staticmethod
     def _is_free(req: Request, ahead: int) -> bool:
-        """Whether that many tokens may follow without a mask."""
+        """Whether that many tokens may follow by the mask of now, if there is one."""
         if (constraint := req.constraint) is None:
             return True
-        return not req.todo and constraint.mask_is_stable_for(ahead) and not constraint.mask()
+        return not req.todo and constraint.mask_is_stable_for(ahead)
 
     def _read_texts(self) -> None:
         """Index a bounded number of the tokens not indexed yet."""

@@ -269,7 +269,7 @@ def read_spec(model_dir: Path) -> ModelSpec:
 def make_device(
     model_dir: Path, dtype: str, device: str, *, num_slots: int = 8192, num_lanes: int = 32,
     max_len: int = 4096, eos_ids: tuple[int, ...] = (), kv: KvMode = PLAIN,
-    spec: ModelSpec | None = None, shares_prefixes: bool = False,
+    spec: ModelSpec | None = None, shares_prefixes: bool = False, num_rows: int | None = None,
 ) -> CpuDevice | CudaDevice:  # fmt: skip
     """A device with the model of ``model_dir``, as ``spec`` or its config.json describes it."""
     spec = spec or read_spec(model_dir)
@@ -283,6 +283,7 @@ def make_device(
         max_len=max_len,
         eos_ids=eos_ids,
         shares_prefixes=shares_prefixes,
+        num_rows=num_rows,
     )
     return CudaDevice(engine) if device == "cuda" else CpuDevice(engine, 2)
 

@@ -15,6 +15,7 @@ from asyncllm.codec import i32
 from asyncllm.core import draft_scheduler
 from asyncllm.core.ngram_lookup import NgramLookup
 from asyncllm.core.request import SamplingParams
+from asyncllm.core.speculation import step_rows
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.messages import Finished, Submit, Tokens
 from tests.models.harness import make_device
@@ -85,15 +86,8 @@ def check(device: CpuDevice | CudaDevice, num: int, monkeypatch: pytest.MonkeyPa
         assert world.finished[rid].reason == ends[rid].reason, kind
         assert world.finished[rid].num_tokens == ends[rid].num_tokens
     told = {kind: world.finished[rid].accepted for rid, kind in enumerate(KINDS)}
-    for kind in (
-        "greedy",
-        "seeded",
-        "penalties",
-        "min_new_tokens",
-        "length penalty",
-        "regex",
-        "schema",
-    ):
+    drafted = ("greedy", "seeded", "penalties", "min_new_tokens", "length penalty", "listed", "regex", "schema")  # fmt: skip
+    for kind in drafted:
         assert told[kind] >= len(tokens[list(KINDS).index(kind)]) // 3, told
 
 
@@ -114,8 +108,9 @@ def test_outputs_are_those_without_drafts_on_a_gpu(
     graphs: bool, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = make_device(
-        tiny_dir, "fp32", "cuda", num_slots=4000, num_lanes=32, max_len=2048, eos_ids=(EOS,)
-    )
+        tiny_dir, "fp32", "cuda", num_slots=4000, num_lanes=32, max_len=2048, eos_ids=(EOS,),
+        num_rows=step_rows(32, 5),
+    )  # fmt: skip
     assert isinstance(device, CudaDevice)
     if graphs:
         device.capture(300)
