@@ -9,13 +9,16 @@ whose steps are all over; the time is from the first word to the receiver's ``Kv
 the median of ``--runs`` (of fewer where they take long) after one to warm up. The share is of what one copy of a gigabyte
 between the same two devices reaches in this run. A way whose bytes did not all come right has no
 number. The last columns are the CPU time of each process, in ms per gigabyte, and what the device
-needs to fill a page with slots, and to empty it into them.
+needs to fill a page with slots, and to empty it into them. ``--profile`` writes to stderr what the
+time of the two transfer threads went to (``poll`` is idleness).
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
+import pstats
 import statistics
 import subprocess
 import sys
@@ -61,6 +64,7 @@ from bench.serve import BenchError
 NODE = "bench"
 WAIT_S = 240.0
 PAGE_RUNS = 10
+PROFILE_LINES = 14
 LONG_S = 2.0  # no size is repeated beyond that
 SIZES = {"cpu": (16, 1024, 4096), "cuda": (32, 1024, 8192, 32768)}  # layers; tokens
 
@@ -124,6 +128,20 @@ def _digest(x: Tensor) -> int:
     return int((weights * x).sum())
 
 
+def profile(thread: TransferThread) -> None:
+    """Have a thread that has not begun say at its end what its time went to."""
+    run, name = thread._run, type(thread).__name__
+
+    def profiled() -> None:
+        found = cProfile.Profile()
+        found.runcall(run)
+        sys.stderr.write(f"-- {name}\n")
+        pstats.Stats(found, stream=sys.stderr).sort_stats("tottime").print_stats(PROFILE_LINES)
+        sys.stderr.flush()
+
+    thread._thread = threading.Thread(target=profiled, name="kv", daemon=True)
+
+
 def answer(line: str) -> None:
     """To the parent."""
     sys.stdout.write(line + "\n")
@@ -149,13 +167,17 @@ def take(args: argparse.Namespace) -> None:
                     transport, tuple(pages), CurveKeys(public, secret), sends=False
                 )
                 assert isinstance(thread, KvReceiver)
+                if args.profile:
+                    profile(thread)
                 thread.start(say, lambda error: answer(f"failed {error!r}"))
                 answer(f"port {thread.port}")
             case [epoch, tokens] if thread is not None:
                 thread.put([ImportKv(epoch, 0, tokens, array("i", range(tokens)))])
                 answer(f"waits {process_time()}")
-            case "digest":
+            case "digest" if thread is not None:
                 answer(json.dumps(side.digest()))
+                thread.close()
+                thread = None
 
 
 class Child:
@@ -236,6 +258,8 @@ def measure(
     child.tell([transport, pages, keys.public, keys.secret])
     thread = side.thread(transport, pages, keys, sends=True)
     fill_s, empty_s = page_times(side, thread)
+    if args.profile:
+        profile(thread)
     thread.start(lambda batch: None, lambda error: child.process.kill())
     address = f"tcp://127.0.0.1:{child.hear('port')}"
     epoch, pause = 0, threading.Event()
@@ -310,6 +334,7 @@ def parsed() -> argparse.Namespace:
     add("--tokens", type=int, nargs="+")
     add("--pages", nargs="+", default=["8x2048"], help="how many, of how many tokens")
     add("--ways", nargs="+", default=[P2P, NCCL, TCP])
+    add("--profile", action="store_true")
     add("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     layers, *tokens = SIZES[args.device]
@@ -333,7 +358,7 @@ def main() -> int:
             "empty",
         )  # fmt: skip
         out.write("".join(f"{head:>9}" for head in heads) + "\n")
-        for transport in args.transports:
+        for transport in args.ways:
             for pages in args.pages:
                 num, size = map(int, pages.split("x"))
                 try:
