@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -126,6 +127,28 @@ def forced_call(stream: bool, choice: Any) -> str:
     return text
 
 
+def predicted() -> str:
+    """The answer is the same; the usage says how much of the prediction was tried."""
+    answer = chat(max_tokens=24)
+    text = answer.choices[0].message.content
+    again = chat(max_tokens=24, prediction={"type": "content", "content": text})
+    assert again.choices[0].message.content == text, again
+    details = again.usage.completion_tokens_details
+    return f"{details.accepted_prediction_tokens} and {details.rejected_prediction_tokens}"
+
+
+def custom_call() -> str:
+    grammar = {"syntax": "regex", "definition": "[a-z]{2,5}"}
+    custom = {"name": "shell", "format": {"type": "grammar", "grammar": grammar}}
+    choice = {"type": "custom", "custom": {"name": "shell"}}
+    asked = {"tools": [TOOL, {"type": "custom", "custom": custom}], "tool_choice": choice}
+    (call,) = chat(**asked, max_tokens=64).choices[0].message.tool_calls
+    assert (call.type, call.custom.name) == ("custom", "shell"), call
+    text = call.custom.input
+    assert re.fullmatch("[a-z]{2,5}", text), text
+    return str(text)
+
+
 def valid_json(text: str, keys: tuple[str, ...] = ()) -> str:
     assert all(key in json.loads(text) for key in keys), text
     return text
@@ -231,6 +254,8 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "tools named": lambda: forced_call(
         False, {"type": "function", "function": {"name": "get_weather"}}
     ),
+    "tools custom": custom_call,
+    "chat prediction": predicted,
     "response": lambda: respond().output_text,
     "response stream": response_events,
     "response chain": remembered,
@@ -251,6 +276,9 @@ CHECKS: dict[str, Callable[[], Any]] = {
         .logprobs[0]
     ),
     "refuses max_tokens": lambda: refused(400, max_tokens=-1),
+    "refuses a custom tool in place of a function": lambda: refused(
+        400, **OSLO, tool_choice={"type": "custom", "custom": {"name": "get_weather"}}
+    ),
     "refuses n": lambda: refused(400, n=100000),
     "refuses what is too long": lambda: refused(
         400, messages=[{"role": "user", "content": "word " * 20000}]
