@@ -432,8 +432,7 @@ def warm_up(
     if graphs and not isinstance(device, CpuDevice):
         # including decode rows beside a chunk; a larger step takes longer on the GPU than its
         # launch on the host
-        with log.phase("capture graphs"):
-            device.capture(min(num_tokens, GRAPH_CHUNK) + GRAPH_DECODE_ROWS)
+        device.capture(min(num_tokens, GRAPH_CHUNK) + GRAPH_DECODE_ROWS)
         with log.phase("steps by graphs"):  # replays load some modules at their first use
             _try_steps(device, 16, max_len, in_step)
     elif device.engine.sharing.costs is not None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from asyncllm import log
 from asyncllm.core.windows import PerSpace
 from asyncllm.engine.bitmask import apply_token_bitmask, bitmask_of
 from asyncllm.engine.graphs import Capture, DecoderGraphs
@@ -133,8 +134,10 @@ class Engine:
         hidden = zeros((self.num_rows, self.model.hidden_size), self.model.site.dtype, self.device)
         decoder = DecoderGraphs(self.num_rows, most_tokens, shares=self.sharing.costs is not None)
         sampler = SamplerGraphs(hidden)
-        decoder.capture(capture, self._uploader, self._forward)
-        sampler.capture(capture, self._uploader, self._end)
+        with log.phase(f"capture {len(decoder.all())} graphs of the decoder"):
+            decoder.capture(capture, self._uploader, self._forward)
+        with log.phase(f"capture {len(sampler.all())} graphs of sampling"):
+            sampler.capture(capture, self._uploader, self._end)
         self.graphs = decoder, sampler
 
     def close(self) -> None:
