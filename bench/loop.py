@@ -425,11 +425,11 @@ async def requests(
         text, TemplateRenderer(TemplateSet({}, {})), limit=MAX_LEN, vocab_size=len(text.pieces)
     )
     num_slots = args.streams * 2 * 2048
-    scheduler = Scheduler(
+    core = SchedulerCore(
         num_lanes=args.streams, num_slots=num_slots, batch_max_tokens=8192,
-        chunked_prefill_size=4096, eos_ids=(2,), runners=[0], vocab_size=len(text.pieces),
-        max_len=MAX_LEN,
+        chunked_prefill_size=4096, eos_ids=(2,),
     )  # fmt: skip
+    scheduler = Scheduler(core, runners=[0], vocab_size=len(text.pieces), max_len=MAX_LEN)
     device = Invented(args.step_ms / 1e3, len(text.pieces))
     engine = (Allocator(num_slots, shared_prefixes=True), scheduler, Runner(device, reports=True))
     for actor in (*engine, Detokenizer(text), tokenizer, front, Quiet("watchdog")):

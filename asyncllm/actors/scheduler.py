@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import inf
@@ -21,10 +21,8 @@ from asyncllm.core.mask_work import Job, work
 from asyncllm.core.pacing import Pacer
 from asyncllm.core.request import SamplingParams
 from asyncllm.core.scheduling import SchedulerCore
-from asyncllm.core.speculation import Speculation
 from asyncllm.core.step_times import StepTimes
 from asyncllm.core.steps import Emitted, Step
-from asyncllm.core.windows import Window
 from asyncllm.errors import RequestError
 from asyncllm.messages import (
     FRONTEND_SHIFT,
@@ -85,8 +83,7 @@ class Scheduler(Actor[Inbox]):
     """One per tp group, on its first rank, beside the allocator.
 
     Args:
-        num_lanes, num_slots, batch_max_tokens, chunked_prefill_size, eos_ids, headroom,
-            share_prompts, constraint_s, window, num_sliding, speculation: see ``SchedulerCore``.
+        core: decides what runs.
         runners: endpoints of the group's runners.
         pacer: None: it knows nothing of steps yet.
         depth: steps in flight on the device.
@@ -105,21 +102,11 @@ class Scheduler(Actor[Inbox]):
 
     def __init__(
         self,
+        core: SchedulerCore,
         *,
-        num_lanes: int,
-        num_slots: int,
-        batch_max_tokens: int,
-        chunked_prefill_size: int,
-        eos_ids: Collection[int],
         runners: Sequence[int],
         depth: int = 2,
-        headroom: int = 8,
-        share_prompts: bool = False,
-        constraint_s: float = 5.0,
-        window: Window | None = None,
-        num_sliding: int = 0,
         pacer: Pacer | None = None,
-        speculation: Speculation | None = None,
         workers: int = 1,
         vocab_size: int = MAX_COUNT,
         max_len: int = MAX_COUNT,
@@ -132,20 +119,7 @@ class Scheduler(Actor[Inbox]):
         ),
     ) -> None:
         super().__init__("scheduler")
-        self.core = SchedulerCore(
-            num_lanes=num_lanes,
-            num_slots=num_slots,
-            batch_max_tokens=batch_max_tokens,
-            chunked_prefill_size=chunked_prefill_size,
-            eos_ids=eos_ids,
-            headroom=headroom,
-            share_prompts=share_prompts,
-            constraint_s=constraint_s,
-            window=window,
-            num_sliding=num_sliding,
-            num_ranks=len(transfers),
-            speculation=speculation,
-        )
+        self.core = core
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="masks")
         self._workers = self._free = workers
         self._ranks, self._depth, self._constrain = runners, depth, constrain

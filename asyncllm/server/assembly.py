@@ -33,6 +33,7 @@ from asyncllm.api.common.defaults import Defaults
 from asyncllm.api.common.request import ServedModel
 from asyncllm.config import FLAGS, roles
 from asyncllm.core.pacing import Pacer
+from asyncllm.core.scheduling import SchedulerCore
 from asyncllm.core.speculation import Speculation
 from asyncllm.engine.jit_monitor import JitMonitor
 from asyncllm.environment import cpu_count
@@ -70,23 +71,28 @@ def make_allocator(p: Loaded) -> AnyActor:
 def make_scheduler(p: Loaded) -> AnyActor:
     resolved = p.boot.resolved
     assert p.constraints is not None
-    return Scheduler(
+    transfers = [rank.id for rank in p.boot.group if KV_TRANSFER in rank.roles]
+    core = SchedulerCore(
         num_lanes=resolved.running_max_req_size,
         num_slots=p.num_slots.full,
         batch_max_tokens=resolved.batch_max_tokens,
         chunked_prefill_size=resolved.chunked_prefill_size,
         eos_ids=resolved.eos_ids,
-        runners=[rank.id for rank in p.boot.group],
-        vocab_size=p.spec.vocab_size,
-        max_len=resolved.max_req_total_len,
         share_prompts=p.boot.config.diverse_mode,
         window=p.window,
         num_sliding=p.num_slots.sliding,
-        pacer=Pacer(p.times, p.boot.config.prefill_share),
+        num_ranks=len(transfers),
         speculation=_speculation(p),
         constraint_s=p.boot.config.constraint_time_limit,
+    )
+    return Scheduler(
+        core,
+        runners=[rank.id for rank in p.boot.group],
+        vocab_size=p.spec.vocab_size,
+        max_len=resolved.max_req_total_len,
+        pacer=Pacer(p.times, p.boot.config.prefill_share),
         reader=_reader(p.boot),
-        transfers=[rank.id for rank in p.boot.group if KV_TRANSFER in rank.roles],
+        transfers=transfers,
         workers=max(1, min(MOST_MASK_THREADS, cpu_count() // 4)),
         balanced=len(p.boot.topology.groups) > 1,
         in_step=p.boot.topology.in_step,

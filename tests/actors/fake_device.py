@@ -25,6 +25,7 @@ from asyncllm.constrain.factory import ConstraintFactory
 from asyncllm.constrain.protocol import Constraint, Path
 from asyncllm.core.radix import RadixNode, RadixTree
 from asyncllm.core.request import SamplingParams
+from asyncllm.core.scheduling import SchedulerCore
 from asyncllm.core.shared_prefixes import SharedPrefixIndex
 from asyncllm.core.slots import Ledger
 from asyncllm.core.speculation import Speculation, step_rows
@@ -524,21 +525,25 @@ class World:
         self.allocator = Allocator(num_slots, use_tree=use_tree, shared_prefixes=True, **slides)
         assert self.ledger._shared_prefixes is not None
         self.ledger._shared_prefixes.least = 1
-        self.scheduler = Scheduler(
+        core = SchedulerCore(
             num_lanes=num_lanes,
             num_slots=num_slots,
             batch_max_tokens=batch_max_tokens,
             chunked_prefill_size=chunked_prefill_size,
             eos_ids=set(eos_ids),
-            runners=[0],
-            depth=depth,
             headroom=headroom,
             share_prompts=share_prompts,
             **slides,
+            num_ranks=num_ranks,
+            speculation=Eager(drafts, step_rows(num_lanes, drafts)) if drafts else None,
+        )
+        self.scheduler = Scheduler(
+            core,
+            runners=[0],
+            depth=depth,
             in_step=in_step,
             reader=reader,
             transfers=range(num_ranks),
-            speculation=Eager(drafts, step_rows(num_lanes, drafts)) if drafts else None,
             constrain=ConstraintFactory(
                 vocab, set(eos_ids), lambda kind, text: FakeConstraint(json.loads(text), vocab)
             ).of,

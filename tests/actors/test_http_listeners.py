@@ -28,6 +28,7 @@ from asyncllm.actors.watchdog import Watchdog, WatchdogConfig, WatchdogHooks
 from asyncllm.codec import Column, encode, field_types, i32, i64, registered
 from asyncllm.constrain.protocol import Constraint
 from asyncllm.core.request import GRAMMARS, FinishReason, SamplingParams
+from asyncllm.core.scheduling import SchedulerCore
 from asyncllm.errors import RequestError
 from asyncllm.messages import FRONTEND_SHIFT, Finished, Hello, StepDone, StepPlan, Submit
 from asyncllm.topology import Contract, Topology
@@ -114,10 +115,11 @@ def leader(keys: CurveKeys) -> ActorSystem:
     system = ActorSystem(
         0, TransportSettings("tcp://127.0.0.1:*", keys), topology=Topology.on_one_node(http=2)
     )
-    scheduler = Scheduler(
+    core = SchedulerCore(
         num_lanes=LANES, num_slots=SLOTS, batch_max_tokens=16, chunked_prefill_size=8,
-        eos_ids=(2,), runners=[0], vocab_size=VOCAB, max_len=MAX_LEN, constrain=constrain,
+        eos_ids=(2,), num_ranks=0,
     )  # fmt: skip
+    scheduler = Scheduler(core, runners=[0], vocab_size=VOCAB, max_len=MAX_LEN, constrain=constrain)
     runner = Runner(Device(), reports=True)
     runner.remote = frozenset()
     duty = WatchdogConfig(

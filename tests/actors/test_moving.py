@@ -17,6 +17,7 @@ from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.system import ActorSystem
 from asyncllm.codec import i32
 from asyncllm.core.request import FinishReason, SamplingParams
+from asyncllm.core.scheduling import SchedulerCore
 from asyncllm.messages import (
     BeginDecode,
     ExportKv,
@@ -113,10 +114,11 @@ class Node:
         runner = Runner(self.device, reports=True, transfers=True)
         for actor in (Agent(on), Watchdog(), self.slots, runner, self.mover):
             self.system.add(actor)
-        self.scheduler = Scheduler(
+        core = SchedulerCore(
             num_lanes=16, num_slots=2048, batch_max_tokens=64, chunked_prefill_size=16,
-            eos_ids=EOS, runners=[0], headroom=0, reader="agent", transfers=[0],
+            eos_ids=EOS, headroom=0,
         )  # fmt: skip
+        self.scheduler = Scheduler(core, runners=[0], reader="agent", transfers=[0])
         self.ref = self.system.add(self.scheduler)
 
 

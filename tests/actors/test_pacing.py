@@ -19,6 +19,7 @@ from asyncllm.actors.scheduler import Scheduler
 from asyncllm.codec import i32
 from asyncllm.core.pacing import LEAST_ROOM, Pacer
 from asyncllm.core.request import SamplingParams
+from asyncllm.core.scheduling import SchedulerCore
 from asyncllm.core.step_times import StepTimes
 from asyncllm.messages import StepDone, StepPlan, Submit, Tokens
 
@@ -61,15 +62,14 @@ class Simulation:
         self.ttft: dict[int, float] = {}
         self.gaps: list[float] = []
         self.allocator = Allocator(200_000)
-        self.scheduler = Scheduler(
+        core = SchedulerCore(
             num_lanes=128,
             num_slots=200_000,
             batch_max_tokens=8192,
             chunked_prefill_size=2048,
             eos_ids=(),
-            runners=[0],
-            pacer=Pacer(StepTimes(), share),
         )
+        self.scheduler = Scheduler(core, runners=[0], pacer=Pacer(StepTimes(), share))
         for actor in (self.allocator, self.scheduler):
             actor.system = self  # type: ignore[assignment]
             actor.started()

@@ -19,6 +19,7 @@ from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.system import ActorSystem
 from asyncllm.codec import i32
 from asyncllm.core.request import FinishReason, SamplingParams
+from asyncllm.core.scheduling import SchedulerCore
 from asyncllm.messages import (
     FRONTEND_SHIFT,
     Abort,
@@ -403,16 +404,15 @@ def serve(
                     system.stop()
 
         sink, slots = Sink("detokenizer", heard), allocator(num_slots)
-        scheduler = Scheduler(
+        core = SchedulerCore(
             num_lanes=32,
             num_slots=num_slots,
             batch_max_tokens=64,
             chunked_prefill_size=16,
             eos_ids=device.eos,
-            runners=[0],
-            depth=depth,
             headroom=0,
         )
+        scheduler = Scheduler(core, runners=[0], depth=depth)
         for actor in (Sink("watchdog"), sink, slots, Runner(device, reports=True)):
             system.add(actor)
         ref = system.add(scheduler)
