@@ -283,8 +283,8 @@ async def test_a_client_that_leaves_just_before_the_headers(server: Server) -> N
     writer.write(request_bytes(body))
     await server.model.until(lambda: bool(server.model.asked))
     (exchange,) = server.front._exchanges
-    assert server.front._doors is not None
-    (link,) = server.front._doors._lookout._running
+    assert server.front._listeners is not None
+    (link,) = server.front._listeners._lookout._running
     assert link.transport is not None
     resolve(exchange.accepted)  # the handler will be woken, and find the connection closing
     link.transport.abort()
