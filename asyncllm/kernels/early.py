@@ -41,13 +41,24 @@ def let_next(when, EARLY: tl.constexpr):
             gdc_launch_dependents()
 
 
+@triton.constexpr_function
+def _prefetching(rows):
+    """Instructions that ask for a row of each of the first ``rows`` threads: those behind them hold
+    the same rows again."""
+    return (
+        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; "
+        f"setp.lt.u32 p, t, {rows}; "
+        "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
+    )
+
+
 @triton.jit
 def begun_early(rows_at, num_bytes, EARLY: tl.constexpr):
     """For a kernel that reads weights: the first EARLY bytes of their rows, of which a program
     needs ``num_bytes``, are on their way to the cache when this returns, and all that was written
     before is there. The next kernel may begin likewise."""
     tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        _prefetching(rows_at.shape[0]),
         "=r,l,r",
         [rows_at.to(tl.int64), tl.minimum(num_bytes, EARLY)],
         dtype=tl.int32,

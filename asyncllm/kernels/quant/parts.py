@@ -52,21 +52,34 @@ def gathered(made, partial_ptr, counters_ptr):
     tl.debug_barrier()  # all threads have stored before one of them says so
     last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts - 1
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    # so many are on their way at once, as registers allow
+    TOGETHER: tl.constexpr = 4 if ROWS * COLUMNS <= 2048 else 2 if ROWS * COLUMNS <= 4096 else 1
     if last:
-        for part in tl.range(0, parts):
-            total += tl.load(at + part * (ROWS * COLUMNS), cache_modifier=".cg")
+        for first in tl.range(0, parts, TOGETHER, num_stages=1):
+            for more in tl.static_range(TOGETHER):
+                part_at = at + (first + more) * (ROWS * COLUMNS)
+                # nothing past the last part
+                there = place < (parts - first - more) * (ROWS * COLUMNS)
+                total += tl.load(part_at, mask=there, other=0.0, cache_modifier=".cg")
         tl.store(counter, 0)  # for the next product
     return total, last
 
 
 def num_parts(tiles: int, tile_size: int, steps: int, per_sm: int, device: torch.device) -> int:
-    """Into how many parts to divide the inputs: so that there are about ``per_sm`` programs to a
-    multiprocessor, as far as the space and the ``steps`` of a tile's inputs go."""
+    """Into how many parts to divide the inputs: at most ``per_sm`` programs to a multiprocessor, as
+    far as the space and the ``steps`` of a tile's inputs go. Of these the number by which the
+    multiprocessor with the most steps has the fewest, and of equals the largest, so that more is on
+    its way from memory at once."""
     fit = min(_PARTIAL // (tiles * tile_size), steps, _MOST)
     if tiles > _COUNTERS or fit < 2:
         return 1
-    wanted = per_sm * num_sms(device) // tiles
-    return max(1, min(wanted, fit))
+    sms = num_sms(device)
+    most = max(1, min(per_sm * sms // tiles, fit))
+
+    def longest(parts: int) -> int:
+        return -(-tiles * parts // sms) * -(-steps // parts)
+
+    return min(range(1, most + 1), key=lambda parts: (longest(parts), -parts))
 
 
 def row_class_of(configs: Mapping[str, object], num_rows: int) -> str:
