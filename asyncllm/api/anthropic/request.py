@@ -25,10 +25,13 @@ from asyncllm.api.common.prepare import ChatPrompt, prepare_chat, refuse_trailin
 from asyncllm.api.common.request import GenerationRequest, ModelName, ServedModel, temperature
 from asyncllm.api.common.request_model import (
     AnyObject,
+    Float,
     Items,
     Positive,
+    Range,
     RequestModel,
     StopString,
+    Streamed,
     TaggedUnion,
     TopK,
     TopP,
@@ -98,22 +101,20 @@ class NamedChoice(RequestModel):
         return ToolChoice("named", (ref,), parallel=not self.disable_parallel_tool_use)
 
 
-_UNCHECKED: Final = {"block_binding": "reasoning is not checked"}
-
-
-class ThinkingMode(RequestModel):
+class _Thinking(RequestModel):
     """Whether the model is to think, and whether that is shown."""
 
-    ignored: ClassVar = _UNCHECKED
-    type: Literal["adaptive", "disabled"]
+    ignored: ClassVar = {"block_binding": "reasoning is not checked"}
     display: Literal["summarized", "omitted"] = "summarized"
 
 
-class ThinkingBudget(RequestModel):
-    ignored: ClassVar = _UNCHECKED
+class ThinkingMode(_Thinking):
+    type: Literal["adaptive", "disabled"]
+
+
+class ThinkingBudget(_Thinking):
     type: Literal["enabled"]
     budget_tokens: Positive
-    display: Literal["summarized", "omitted"] = "summarized"
 
 
 class OutputFormat(RequestModel):
@@ -218,10 +219,10 @@ class MessageRequest(CountRequest):
         description=f"at most {MAX_STOP} strings of at most {MAX_STOP_CHARS} characters; cut from "
         "the text",
     )
-    temperature: TopP = Field(1.0, description="0: greedy")
-    top_p: TopP = Field(1.0, description="smallest set of tokens with this probability")
-    top_k: TopK = Field(-1, description="this many best tokens; -1 or 0: all")
-    stream: bool = Field(False, description="answer as server-sent events")
+    temperature: Annotated[Float, Range(0, 1)] = Field(1.0, description="0: greedy")
+    top_p: TopP = 1.0
+    top_k: TopK = -1
+    stream: Streamed = False
 
 
 def messages(body: Body, served: ServedModel) -> GenerationRequest:

@@ -190,17 +190,17 @@ class Answer:
 
     def usage(self, choice: Choice | None = None) -> dict[str, Any]:
         """Tokens used by all choices, or by one; a prompt counts once for its n choices."""
-        n = self.generation.n
-        firsts = self.choices[::n] if choice is None else [choice]
+        counted = self.choices if choice is None else [choice]
+        firsts = counted[:: self.generation.n]
         prompt_tokens = sum(len(self.prompts[c.prompt_idx]) for c in firsts)
-        completion = sum(c.num_tokens for c in (self.choices if choice is None else firsts))
+        completion = sum(c.num_tokens for c in counted)
         out = {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": prompt_tokens + completion,
             "prompt_tokens_details": {"cached_tokens": sum(c.cached_len for c in firsts)},
         }
-        counted, details = self.choices if choice is None else [choice], dict[str, int]()
+        details: dict[str, int] = {}
         if self.generation.output_options is not None and self.generation.output_options.reasoning:
             thoughts = sum(c.output.num_reasoning_tokens for c in counted if c.output is not None)
             details["reasoning_tokens"] = thoughts

@@ -18,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from asyncllm.api.parsing.tools.detect import LIST
 from asyncllm.errors import RequestError, StartupError
+from asyncllm.plain import T
 
 USED = ("default", "tool_use")  # names of templates, of which the second one is for tools
 # stands behind the last message's text, where a continued prompt is cut
@@ -64,12 +65,8 @@ class ChatTemplate:
     """
 
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
-        env = _environment()
         self._special_tokens = dict(special_tokens)
-        try:
-            self._templates = {name: env.from_string(text) for name, text in templates.items()}
-        except TemplateSyntaxError as error:
-            raise StartupError(f"chat template, line {error.lineno}: {error}") from error
+        self._templates = _read(templates, _environment().from_string)
 
     def render(self, chat: Mapping[str, Any]) -> str:
         """The prompt of a conversation.
@@ -138,16 +135,12 @@ def _with_arguments(turn: dict[str, Any], unread: Callable[[str], Any]) -> dict[
     """``unread``: makes something of arguments that are text."""
     if not (calls := turn.get("tool_calls")):
         return turn
-    functions = [call["function"] for call in calls]
-    made = []
-    for function in functions:
-        given = function["arguments"]
+    told = []
+    for call in calls:
+        given = call["function"]["arguments"]
         read = unread(given) if isinstance(given, str) else _TemplateArguments(given)
-        made.append({**function, "arguments": read})
-    calls_told = [
-        {**call, "function": function} for call, function in zip(calls, made, strict=True)
-    ]
-    return {**turn, "tool_calls": calls_told}
+        told.append({**call, "function": {**call["function"], "arguments": read}})
+    return {**turn, "tool_calls": told}
 
 
 def variables(templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> frozenset[str]:
@@ -156,7 +149,7 @@ def variables(templates: Mapping[str, str], special_tokens: Mapping[str, str]) -
     Raises:
         StartupError: as :class:`ChatTemplate`.
     """
-    read = [meta.find_undeclared_variables(tree) for tree in _parsed(templates)]
+    read = map(meta.find_undeclared_variables, _read(templates, _environment().parse).values())
     return frozenset().union(*read) - special_tokens.keys()
 
 
@@ -167,7 +160,7 @@ def roles(templates: Mapping[str, str]) -> frozenset[str]:
         StartupError: as :class:`ChatTemplate`.
     """
     found: set[str] = set()
-    for tree in _parsed(templates):
+    for tree in _read(templates, _environment().parse).values():
         for compared in tree.find_all(nodes.Compare):
             sides = [compared.expr, *(other.expr for other in compared.ops)]
             if any(map(_is_role, sides)):
@@ -209,10 +202,10 @@ def _strings(node: nodes.Node) -> set[str]:
             return set()
 
 
-def _parsed(templates: Mapping[str, str]) -> list[nodes.Template]:
-    env = _environment()
+def _read(templates: Mapping[str, str], call: Callable[[str], T]) -> dict[str, T]:
+    """What ``call`` makes of each template. Raises StartupError: one does not compile."""
     try:
-        return [env.parse(text) for text in templates.values()]
+        return {name: call(text) for name, text in templates.items()}
     except TemplateSyntaxError as error:
         raise StartupError(f"chat template, line {error.lineno}: {error}") from error
 

@@ -14,6 +14,8 @@ from asyncllm.api.common.answer import Answer, Choice, Reply
 from asyncllm.api.parsing.events import Arguments, CallEnd, CallStart, Content, Event, Reasoning
 from asyncllm.messages import TextDelta
 
+BlockKind = type[Content] | type[Reasoning] | type[CallStart]
+
 
 @dataclass(slots=True, eq=False)
 class ContentBlock:
@@ -27,7 +29,7 @@ class ContentBlock:
     """
 
     index: int
-    kind: type[Content] | type[Reasoning] | type[CallStart]
+    kind: BlockKind
     call: CallStart | None = None
     pieces: list[str] = field(default_factory=list)
     complete: bool = False
@@ -72,11 +74,7 @@ class BlockBuilder:
             block.complete = complete
             yield "end", block, ""
 
-    def _begin(
-        self,
-        kind: type[Content] | type[Reasoning] | type[CallStart],
-        call: CallStart | None = None,
-    ) -> BlockEvent:
+    def _begin(self, kind: BlockKind, call: CallStart | None = None) -> BlockEvent:
         self._open = ContentBlock(len(self.all), kind, call)
         self.all.append(self._open)
         return "begin", self._open, ""

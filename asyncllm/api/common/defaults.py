@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from asyncllm.api.common.request_model import (
     Float,
     Positive,
+    Probability,
     Range,
     RepetitionPenalty,
     RequestModel,
@@ -28,7 +29,7 @@ class GenerationConfig(RequestModel):
     temperature: Annotated[Float, Range(0)] | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
-    min_p: TopP | None = None
+    min_p: Probability | None = None
     repetition_penalty: RepetitionPenalty | None = None
     max_new_tokens: Positive | None = None
 

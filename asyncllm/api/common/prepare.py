@@ -77,7 +77,7 @@ def prepare_chat(
         schema = call_schema(tool_request.tools, choice.name, choice.parallel)
         grammar = "schema", json.dumps(schema)  # as long as tools may be
     elif grammar is None and any(tool.strict for tool in tool_request.tools):
-        grammar = "calls", call_forms(dialect.spelling or dialect.calls, tool_request.tools)
+        grammar = "calls", call_forms(dialect.call_text, tool_request.tools)
     variables = _thinking_variables(thinking, effort) | (kwargs or {})
     if continue_final_message:
         variables["continue_final_message"] = True

@@ -244,8 +244,17 @@ class Range:
 
 Positive = Annotated[Integer, Range(1, MAX_INT32)]
 NonNegative = Annotated[Integer, Range(0, MAX_INT32)]
-TopP = Annotated[Float, Range(0, 1)]
-TopK = Annotated[Integer, Range(-1, MAX_INT32)]
+Probability = Annotated[Float, Range(0, 1)]
+TopP = Annotated[
+    Probability, Field(description="smallest set of tokens with this probability; 0: greedy")
+]
+TopK = Annotated[
+    Integer, Range(-1, MAX_INT32), Field(description="this many best tokens; -1 or 0: all")
+]
+Streamed = Annotated[bool, Field(description="answer as server-sent events")]
+WithSpecialTokens = Annotated[
+    bool, Field(description="the tokenizer may put a bos token before a text prompt")
+]
 RepetitionPenalty = Annotated[Float, Range(0, 10, above=True)]
 Seed = Annotated[Integer, Range(-1, MAX_SEED)]
 NumChoices = Annotated[Integer, Range(1, MAX_N)]

@@ -18,6 +18,7 @@ from asyncllm.api.common.request_model import (
     Integer,
     Items,
     NonNegative,
+    Probability,
     Range,
     RepetitionPenalty,
     RequestModel,
@@ -86,9 +87,11 @@ class Unchanged(TypedDict):
 
 
 class SamplingFields(RequestModel):
-    top_p: TopP = Field(1.0, description="smallest set of tokens with this probability; 0: greedy")
-    top_k: TopK = Field(-1, description="this many best tokens; -1 or 0: all")
-    min_p: TopP = Field(0.0, description="tokens at least this share of the best one's probability")
+    top_p: TopP = 1.0
+    top_k: TopK = -1
+    min_p: Probability = Field(
+        0.0, description="tokens at least this share of the best one's probability"
+    )
     presence_penalty: Annotated[Float, Range(-2, 2)] = Field(
         0.0, description="subtracted once from the logit of each generated token"
     )

@@ -217,7 +217,7 @@ def with_tools_in_prompt(
     if dialect.tools_in_system:
         packed = json.dumps([template_form(tool)["function"] for tool in request.tools])
         return [{**system, "tools": packed}, *out], None
-    told, listed = system_text(request.tools, dialect.spelling or dialect.calls)
+    told, listed = system_text(request.tools, dialect.call_text)
     content = f"{system['content']}\n\n{told}".lstrip()
     return [{**system, "content": content, "listed": listed}, *out], None
 
@@ -238,6 +238,6 @@ def _without_calls(turn: dict[str, Any], dialect: Dialect) -> dict[str, object]:
     if not (calls := turn.get("tool_calls")):
         return turn
     written_calls = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
-    lines = [turn["content"], written(dialect.spelling or dialect.calls, written_calls)]
+    lines = [turn["content"], written(dialect.call_text, written_calls)]
     rest = {key: value for key, value in turn.items() if key != "tool_calls"}
     return rest | {"content": "\n".join(line for line in lines if line)}

@@ -36,6 +36,7 @@ from asyncllm.api.common.request_model import (
     TaggedUnion,
     Unavailable,
     UnicodeStr,
+    WithSpecialTokens,
     parse,
 )
 from asyncllm.api.common.response_format import MAX_CHARS, Grammar, GrammarText, SchemaOrText
@@ -97,9 +98,7 @@ class CommonParameters(SamplingFields):
         f"most {MAX_SEQUENCE} each; what stopped the text is cut from it",
     )
     skip_special_tokens: bool = Field(False, description="leave special tokens out of the text")
-    add_special_tokens: bool = Field(
-        True, description="the tokenizer may put a bos token before a text prompt"
-    )
+    add_special_tokens: WithSpecialTokens = True
     add_spaces_between_special_tokens: bool = Field(
         True,
         description="false: no spaces between special tokens; no tokenizer here puts any, so true is "
@@ -177,9 +176,7 @@ class NativeAnyRequest(NativeRequest):
 
 
 class TokensParameters(RequestModel):
-    add_special_tokens: bool = Field(
-        True, description="the tokenizer may put a bos token before a text prompt"
-    )
+    add_special_tokens: WithSpecialTokens = True
 
 
 class TokensRequest(RequestModel):

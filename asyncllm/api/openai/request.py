@@ -36,6 +36,7 @@ from asyncllm.api.common.request_model import (
     AnyObject,
     Checked,
     Float,
+    Integer,
     Items,
     NonNegative,
     NumBest,
@@ -44,9 +45,10 @@ from asyncllm.api.common.request_model import (
     RepetitionPenalty,
     RequestModel,
     Seed,
+    Streamed,
     TaggedUnion,
-    TopK,
     UnicodeStr,
+    WithSpecialTokens,
     parse,
 )
 from asyncllm.api.common.response_format import (
@@ -63,6 +65,7 @@ from asyncllm.api.common.response_format import (
 from asyncllm.api.common.sampling_fields import SamplingFields, Stop, Token
 from asyncllm.api.common.tool_request import MAX_TOOLS, MAX_TOOLS_CHARS, ToolRequest
 from asyncllm.api.common.validation import (
+    MAX_INT32,
     MAX_LOGPROB_IDS,
     MAX_PROMPTS,
     MAX_STOP,
@@ -188,7 +191,7 @@ class CommonRequest(SamplingFields):
     return_tokens_as_token_ids: bool = Field(
         False, description="log-probabilities name tokens token_id:ID instead of by their text"
     )
-    stream: bool = Field(False, description="answer as server-sent events")
+    stream: Streamed = False
     stream_options: StreamOptions | None = Field(
         None, description="{include_usage, continuous_usage_stats}"
     )
@@ -257,9 +260,7 @@ class CompletionRequest(CommonRequest):
         "prompt's too",
     )
     best_of: NumChoices | None = Field(None, description="only equal to n")
-    add_special_tokens: bool = Field(
-        True, description="the tokenizer may put a bos token before a text prompt"
-    )
+    add_special_tokens: WithSpecialTokens = True
 
 
 class Prediction(RequestModel):
@@ -322,7 +323,7 @@ class ChatRequest(CommonRequest):
         description="{type: content, content}: a text that the answer may repeat, such as a file that "
         "it edits; a string or text parts. With --speculative ngram it is searched for drafts",
     )
-    thinking_token_budget: TopK | None = Field(
+    thinking_token_budget: Annotated[Integer, Range(-1, MAX_INT32)] | None = Field(
         None, description="vLLM's name of max_thinking_tokens; -1: no limit"
     )
     verbosity: Literal["low", "medium", "high"] | None = Field(

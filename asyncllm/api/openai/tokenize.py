@@ -11,7 +11,15 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from asyncllm.api.common.request import ModelName, ServedModel
-from asyncllm.api.common.request_model import Integer, Items, Range, RequestModel, UnicodeStr, parse
+from asyncllm.api.common.request_model import (
+    Integer,
+    Items,
+    Range,
+    RequestModel,
+    UnicodeStr,
+    WithSpecialTokens,
+    parse,
+)
 from asyncllm.api.common.validation import Body, reject
 from asyncllm.api.openai import request as openai
 
@@ -22,9 +30,7 @@ class TokenizeRequest(RequestModel):
     model: ModelName = None
     prompt: UnicodeStr | None = Field(None, description="a text; or messages instead")
     messages: Items[Any] | None = Field(None, description="as of /v1/chat/completions")
-    add_special_tokens: bool = Field(
-        True, description="the tokenizer may put a bos token before a text"
-    )
+    add_special_tokens: WithSpecialTokens = True
     return_token_strs: bool = Field(False, description="the text of each token too")
 
 

@@ -14,6 +14,8 @@ STRING: Final[Schema] = {"type": "string"}
 INTEGER: Final[Schema] = {"type": "integer"}
 NUMBER: Final[Schema] = {"type": "number"}
 MAYBE_STRING: Final[Schema] = {"type": ["string", "null"]}
+OBJECT: Final[Schema] = {"type": "object"}
+MAYBE_OBJECT: Final[Schema] = {"type": ["object", "null"]}
 _LOADS = ("current_load", "logical_max_load", "dynamic_max_load")
 _OF_GROUPS: Final[Schema] = {"anyOf": [NUMBER, {"type": "array", "items": NUMBER}]}
 
@@ -35,8 +37,7 @@ def made(closed: bool = False, **properties: Schema) -> Schema:
 
 def _with_groups(schema: Schema) -> Schema:
     """Beside the rest: which groups of --dp the server goes on without."""
-    lost = {"type": "array", "items": INTEGER}
-    return {**schema, "properties": {**schema["properties"], "lost_groups": lost}}
+    return {**schema, "properties": {**schema["properties"], "lost_groups": some(INTEGER)}}
 
 
 def some(items: Schema) -> Schema:
@@ -71,11 +72,11 @@ _CHAT_MESSAGE["properties"] |= {
 _CHAT_CHOICE: Final[Schema] = made(
     index=INTEGER,
     message=_CHAT_MESSAGE,
-    logprobs={"type": ["object", "null"]},
+    logprobs=MAYBE_OBJECT,
     finish_reason=_REASON,
 )
 _TEXT_CHOICE: Final[Schema] = made(
-    index=INTEGER, text=STRING, logprobs={"type": ["object", "null"]}, finish_reason=_REASON
+    index=INTEGER, text=STRING, logprobs=MAYBE_OBJECT, finish_reason=_REASON
 )
 _MODEL: Final[Schema] = made(
     id=STRING,
@@ -91,10 +92,10 @@ _ANSWER: Final[Schema] = made(
     object=one_of("response"),
     created_at=INTEGER,
     status=one_of("completed", "incomplete"),
-    error={"type": ["object", "null"]},
-    incomplete_details={"type": ["object", "null"]},
+    error=MAYBE_OBJECT,
+    incomplete_details=MAYBE_OBJECT,
     model=STRING,
-    output=some({"type": "object"}),
+    output=some(OBJECT),
     previous_response_id=MAYBE_STRING,
     store={"type": "boolean"},
     usage=made(input_tokens=INTEGER, output_tokens=INTEGER, total_tokens=INTEGER),
@@ -115,13 +116,13 @@ _MESSAGE: Final[Schema] = made(
     ),
 )
 
-_TGI: Final[Schema] = made(generated_text=STRING, logprobs=some({"type": "object"}))
+_TGI: Final[Schema] = made(generated_text=STRING, logprobs=some(OBJECT))
 _TGI["properties"]["details"] = made(
     finish_reason=one_of("length", "eos_token", "stop_sequence", "abort"),
     generated_tokens=INTEGER,
     seed={"type": ["integer", "null"]},
-    prefill=some({"type": "object"}),
-    tokens=some({"type": "object"}),
+    prefill=some(OBJECT),
+    tokens=some(OBJECT),
 )
 
 
@@ -178,7 +179,7 @@ ANSWERS: Final[dict[str, Schema]] = {
         count_output_tokens=_one_or_more(INTEGER),
         finish_reason=_one_or_more(one_of("stop", "length", "abort")),
         prompt_tokens=INTEGER,
-        logprobs=some(_one_or_more({"type": "object"})),
+        logprobs=some(_one_or_more(OBJECT)),
         input_usage=made(
             input_text_tokens=INTEGER, input_audio_tokens=INTEGER, input_image_tokens=INTEGER
         ),
@@ -199,5 +200,5 @@ ANSWERS: Final[dict[str, Schema]] = {
     "ModelName": made(model_name=STRING),
     "Health": _with_groups(made(message=one_of("Ok", "Error"))),
     "Status": _with_groups(made(status=one_of("ok", "not ready"))),
-    "Document": made(openapi=STRING, info={"type": "object"}, paths={"type": "object"}),
+    "Document": made(openapi=STRING, info=OBJECT, paths=OBJECT),
 }

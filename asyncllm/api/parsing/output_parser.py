@@ -51,6 +51,11 @@ class Dialect:
     variables: frozenset[str] = frozenset()
     roles: frozenset[str] = frozenset()
 
+    @property
+    def call_text(self) -> str:
+        """How calls are written, by the name in ``call_grammar.CALL_TEXTS``."""
+        return self.spelling or self.calls
+
 
 def dialect_of(
     templates: Mapping[str, str], calls: str | None = None, thoughts: str | None = None

@@ -24,6 +24,7 @@ from asyncllm.api.common.request_model import (
     Positive,
     Range,
     RequestModel,
+    Streamed,
     TaggedUnion,
     TopP,
     Unavailable,
@@ -122,7 +123,7 @@ class ResponseRequest(RequestModel):
         None, description="tokens to generate at most; absent: what fits into the context"
     )
     temperature: Annotated[Float, Range(0, 2)] = Field(1.0, description="0: greedy")
-    top_p: TopP = Field(1.0, description="smallest set of tokens with this probability")
+    top_p: TopP = 1.0
     text: TextOptions = Field(
         default_factory=TextOptions,
         description="{format: {type: text, json_object or json_schema, name, schema}, verbosity}: "
@@ -160,7 +161,7 @@ class ResponseRequest(RequestModel):
         dict[str, Annotated[UnicodeStr, Field(max_length=MAX_METADATA_CHARS)]],
         Field(max_length=MAX_METADATA),
     ] = Field(default_factory=dict, description=f"at most {MAX_METADATA} strings, which come back")
-    stream: bool = Field(False, description="answer as server-sent events")
+    stream: Streamed = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

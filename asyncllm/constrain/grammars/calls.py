@@ -89,7 +89,7 @@ def calls_grammar(forms: Sequence[JsonObject], possible: FeasibilityChecks) -> s
 
 def _text(text: str) -> Expr:
     """A text in single characters: where tags share a beginning, none hides another."""
-    return seq(*(Term(terms.text_term(char)) for char in text))
+    return seq(*(terms.text_term(char) for char in text))
 
 
 def _arguments(writer: RuleWriter, style: str) -> Expr:
@@ -110,7 +110,7 @@ def _tagged(writer: RuleWriter, atom: Atom, tags: _Tags) -> Expr:
     comma = _text(tags.between)
     if isinstance(atom, Const):
         pairs = [
-            (_argument(writer, Term(terms.text_term(key)), (Const("", value),), tags), True)
+            (_argument(writer, terms.text_term(key), (Const("", value),), tags), True)
             for key, value in typed(atom.value, dict).items()
         ]
         return writer.pairs(Object(), pairs, None, comma)
@@ -120,7 +120,7 @@ def _tagged(writer: RuleWriter, atom: Atom, tags: _Tags) -> Expr:
     for name, schemas, needed in fields:
         values = writer.meaning.atoms(schemas)
         if values or needed:
-            key, is_text = Term(terms.text_term(name)), _is_text(writer, schemas)
+            key, is_text = terms.text_term(name), _is_text(writer, schemas)
             pairs.append((_argument(writer, key, values, tags, is_text), needed))
     keys = list(writer.others(atom, [name for name, _, _ in fields], quoted=False))
 

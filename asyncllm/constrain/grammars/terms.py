@@ -12,7 +12,7 @@ from asyncllm.constrain.grammars.atoms import Const, Number, String, StringForm
 from asyncllm.constrain.grammars.formats import FORMATS
 from asyncllm.constrain.grammars.jsontext import scalar, string
 from asyncllm.constrain.grammars.regex import code_text
-from asyncllm.constrain.grammars.rules import Expr, ends, times
+from asyncllm.constrain.grammars.rules import Expr, Term, ends, times
 
 # a character of a string that is held to no pattern: any spelling of one that UTF-8 can hold
 _HALVES: Final = r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
@@ -65,9 +65,9 @@ def text_expression(text: str) -> str:
     return "".join(code_text(ord(char)) for char in text)
 
 
-def text_term(text: str) -> str:
+def text_term(text: str) -> Term:
     """A terminal of exactly ``text``."""
-    return f"/{text_expression(text)}/"
+    return Term(f"/{text_expression(text)}/")
 
 
 def apart(i: int, count: int) -> str:

@@ -172,7 +172,7 @@ class RuleWriter:
 
     def _string(self, atom: String) -> Expr:
         if atom.lark:
-            quote = Term(terms.text_term('"'))
+            quote = terms.text_term('"')
             return seq(quote, self.lark(atom.lark, _by_characters), quote)
         text = terms.string_term(atom)
         return Term(text) if terms.is_plain(atom) else self.term(text)
@@ -200,7 +200,7 @@ class RuleWriter:
                 return Term(terms.const_term((Const("", value),)))
 
     def _pair(self, key: str, value: Expr) -> Expr:
-        return seq(Term(terms.text_term(key)), self.marks.colon, value)
+        return seq(terms.text_term(key), self.marks.colon, value)
 
     # -- arrays ---------------------------------------------------------------------------------
 

@@ -45,8 +45,9 @@ def argument_json(text: str, types: frozenset[str]) -> str:
     JSON of a type in ``types`` stays as it is, any other text becomes a string. ``True``,
     ``False``, ``None`` are understood as Python means them.
     """
+    quoted = f'"{escaped(text)}"'
     if types == {"string"}:
-        return f'"{escaped(text)}"'
+        return quoted
     bare = text.strip()
     python = {"True": "true", "False": "false", "None": "null"}
     bare = python.get(bare, bare)
@@ -54,16 +55,16 @@ def argument_json(text: str, types: frozenset[str]) -> str:
         value = loads(bare)
         bare.encode()
     except ValueError:
-        return f'"{escaped(text)}"'
+        return quoted
     kind = _JSON_TYPE[type(value)]
     if kind == "number" and value in (float("inf"), float("-inf")):
-        return f'"{escaped(text)}"'
+        return quoted
     fits = kind in types or (kind == "integer" and "number" in types)
     fits = fits or (kind == "number" and "integer" in types and value == int(value))
     # a quoted string is meant as one unless quotes may be part of a string
     if fits and (kind != "string" or "string" not in types):
         return bare
-    return f'"{escaped(text)}"'
+    return quoted
 
 
 def call_schema(
