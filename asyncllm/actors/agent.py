@@ -6,7 +6,6 @@ how the scheduler handles a request.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from array import array
 from collections.abc import Sequence
@@ -123,7 +122,6 @@ class Agent(Actor[Inbox]):
         self._kv_listening: dict[int, KvListening] = {}  # of kv_transfer, by rank's endpoint
         self._asking: set[int] = set()  # endpoints that asked whether there is a master
         self._draining = self._drained = False
-        self._timer: asyncio.TimerHandle | None = None
 
     def started(self) -> None:
         self._scheduler = self.system.at_intake("scheduler")
@@ -132,11 +130,7 @@ class Agent(Actor[Inbox]):
         self._num_grammars = len(self.system.topology.placed("grammar"))
         takes = self._channel.info.role == DECODE
         self._awaited = {*self.system.topology.placed("kv_transfer")} if takes else set()
-        self._arm()
-
-    def stopped(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        self.repeat(STATE_S, self._ask_state)
 
     def holds(self) -> str:
         masters = f"{len(self._peers)} of {len(self._searches) + len(self._listed)} masters"
@@ -247,14 +241,6 @@ class Agent(Actor[Inbox]):
         for endpoint in endpoints:
             self.system.ref("frontend", endpoint).tell(Serving(self.lacks), urgent=True)
 
-    def _arm(self) -> None:
-        self._timer = self.system.loop.call_later(STATE_S, self._tick)
-
-    def _tick(self) -> None:
-        if not self.system.over:
-            self._arm()
-            self._ask_state()
-
     def _ask_state(self) -> None:
         if self._peers:
             self._watchdog.tell(Scrape(0, self.system.endpoint, asks="agent"), urgent=True)
@@ -284,15 +270,12 @@ class Agent(Actor[Inbox]):
         match told:
             case PrefillRequest() | DecodeRequest():
                 self._take(peer, told)
-            case BeginDecode(ticket, token):
-                if (task := self._tickets.get((peer, ticket))) is not None and not task.over:
-                    self._scheduler.tell(BeginDecode(task.rid, token), urgent=True)
             case Abort(ticket):
                 if (task := self._tickets.get((peer, ticket))) is not None:
                     self._abort(task)
-            case StopHit(ticket, num_tokens):
+            case BeginDecode(ticket) | StopHit(ticket):
                 if (task := self._tickets.get((peer, ticket))) is not None and not task.over:
-                    self._scheduler.tell(StopHit(task.rid, num_tokens), urgent=True)
+                    self._scheduler.tell(replace(told, rid=task.rid), urgent=True)
             case other:
                 raise AssertionError(other)  # it is not in ``foreign``
 

@@ -5,7 +5,7 @@ Knows how messages are queued and delivered; knows neither sockets nor messages'
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Collection, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator
 from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Generic, Never, TypeVar
 
@@ -123,6 +123,16 @@ class Actor(Generic[M]):
     def spawn(self, work: Coroutine[None, None, Message | None]) -> None:
         """Run ``work`` beside the actor; what it returns is put into this mailbox."""
         self.system.spawn(self, work)
+
+    def repeat(self, period_s: float, work: Callable[[], object]) -> None:
+        """Call ``work`` every ``period_s`` from then on, until the system is over."""
+
+        def turn() -> None:
+            if not self.system.over:
+                self.repeat(period_s, work)
+                work()
+
+        self.system.loop.call_later(period_s, turn)
 
     def timed(self, work: Awaitable[T]) -> Awaitable[T]:
         """Await ``work``; what it does on the loop counts as callbacks of this actor."""

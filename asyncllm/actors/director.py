@@ -6,7 +6,6 @@ enough of them. Knows neither text nor what nodes compute.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 from dataclasses import replace
@@ -96,17 +95,12 @@ class Director(Actor[Inbox]):
         self._told = ""
         self._gone: set[int] = set()  # endpoints whose processes have ended
         self._draining = self._drained = False
-        self._timer: asyncio.TimerHandle | None = None
 
     def started(self) -> None:
         self._watchdog = self.system.ref("watchdog")
         self._channel.admit = self._complaint
         self._told = self.lacks
-        self._arm()
-
-    def stopped(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        self.repeat(TICK_S, self._tick)
 
     def holds(self) -> str:
         there = {role: len(self.core.nodes.of(role)) for role in ROLES}
@@ -284,15 +278,10 @@ class Director(Actor[Inbox]):
             self._drained = True
             self._watchdog.tell(Drained("director", self.system.endpoint))
 
-    def _arm(self) -> None:
-        self._timer = self.system.loop.call_later(TICK_S, self._tick)
-
     def _tick(self) -> None:
-        if not self.system.over:
-            self._arm()
-            self.core.now = self.system.loop.time()
-            self.core.tick()
-            self._flush()
+        self.core.now = self.system.loop.time()
+        self.core.tick()
+        self._flush()
 
     def _stats(self, query: int) -> DirectorStats:
         nodes, counts = self.core.nodes, self.core.counts
