@@ -28,7 +28,8 @@ from asyncllm.kernels.attention.quantize import quantize_ref
 from asyncllm.kernels.latent.attend import attend, attend_ref
 from asyncllm.kernels.latent.expand import expand, expand_ref
 from asyncllm.kernels.latent.heads import heads, heads_ref
-from asyncllm.kernels.latent.plan import AttendConfig, plan_attend, plan_chunks
+from asyncllm.kernels.latent.keys import AttendConfig
+from asyncllm.kernels.latent.plan import plan_attend, plan_chunks
 from asyncllm.kernels.latent.prefill import LatentPrefillConfig, prefill, prefill_ref
 from asyncllm.kernels.latent.write import write, write_ref
 from asyncllm.models.attention import decompressed_from

@@ -1,6 +1,7 @@
 """Write a checkpoint of a named shape with random weights, for speed measurements.
 
     python bench/mkmodel.py llama31_8b /tmp/m8b
+    python bench/mkmodel.py deepseek_v2_lite /tmp/lite --layers 8    # instead of 27
 
 Hugging Face layout, bfloat16 safetensors, and a tokenizer that works. Weights are N(0, 0.02), so
 that activations stay finite; the tokenizer is byte-level BPE without merges, its vocabulary padded
@@ -324,8 +325,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--layers", type=int, help="instead of the shape's own number")
     a = parser.parse_args(argv)
-    write_model(SHAPES[a.shape], a.out)
+    shape = SHAPES[a.shape]
+    write_model(shape | {"num_hidden_layers": a.layers} if a.layers else shape, a.out)
     return 0
 
 

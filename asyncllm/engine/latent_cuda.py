@@ -14,11 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from asyncllm.kernels.attention.shared_rows import SharingCosts
 from asyncllm.kernels.latent.attend import attend
 from asyncllm.kernels.latent.expand import expand
 from asyncllm.kernels.latent.heads import heads
 from asyncllm.kernels.latent.plan import AttendPlan, ChunkPlan, plan_attend, plan_chunks
 from asyncllm.kernels.latent.prefill import prefill
+from asyncllm.kernels.latent.shared import piece_numbers, shared_blocks
 from asyncllm.kernels.latent.write import write
 from asyncllm.models.attention import (
     Batch,
@@ -36,6 +38,7 @@ MAX_RANK, MAX_PART = 512, 256  # of a latent; of a head's rotary part, non-rotar
 SPACE = 1 << 30  # maximum bytes of decompressed keys and values
 LEAST_TOKENS = 8192  # tokens they should cover, if a group of heads can be small enough
 GROUP = 32  # maximum heads per group
+LEAST_PIECES = 384  # partial results of shared prefixes that the same space should hold
 
 
 class TritonLatents(KvLatents):
@@ -44,15 +47,17 @@ class TritonLatents(KvLatents):
 
 @dataclass(frozen=True, slots=True)
 class DecompressBuffer:
-    """Buffer for the decompressed keys and values of a group of heads; all layers share it."""
+    """Buffer for the decompressed keys and values of a group of heads, and before these in each
+    layer for the partial results of what decode rows share; all layers share it."""
 
     group: int  # heads
     made: Tensor  # [tokens, group, head_dim - rope.dim + v_dim]
     keys: Tensor  # [tokens, rope.dim]
+    pieces: Tensor  # float32, at the place of ``made`` and as large or larger
 
     @property
     def nbytes(self) -> int:
-        return self.made.nbytes + self.keys.nbytes
+        return self.pieces.nbytes + self.keys.nbytes
 
 
 class TritonLatentAttention:
@@ -94,8 +99,14 @@ class TritonLatentAttention:
         num = spec.num_q_heads
         return dtype.itemsize * num * (spec.head_dim + spec.v_dim + 2 * spec.kv_rank)
 
-    def sharing(self) -> None:
-        """None: each row reads all of its K/V by itself."""
+    def sharing(self) -> SharingCosts | None:
+        spec, element = self.layout.layers[0], self.layout.element
+        assert spec.rope is not None
+        blocks = min(
+            shared_blocks(space.pieces, spec.num_q_heads, spec.kv_rank, element)
+            for spec, space in self._spaces.items()
+        )
+        return SharingCosts.of_latents(spec.num_q_heads, spec.kv_rank, spec.rope.dim, blocks)
 
     def plan(self, spec: AttentionSpec, batch: Batch) -> TritonLatentPlan:
         assert spec.rope is not None
@@ -138,7 +149,15 @@ class TritonLatentPlan:
             if self.decode is None:
                 lanes, lens = batch.decode_lanes, batch.decode_lens
                 rank = self.spec.kv_rank
-                self.decode = plan_attend(lanes, lens, q.shape[1], cache, rank)
+                self.decode = plan_attend(
+                    lanes,
+                    lens,
+                    q.shape[1],
+                    cache,
+                    rank,
+                    shared=batch.shared,
+                    space=self.space.pieces,
+                )
             self._absorbed(q[:num], kv, latent.up, self.decode, batch.decode_lens, out[:num])
         if batch.prefill_lanes.shape[0]:  # after decode, whose padded rows may overlap these
             for first in range(0, q.shape[1], self.space.group):
@@ -194,8 +213,12 @@ def _space(
     most = min(GROUP, num, max(1, SPACE // (dtype.itemsize * made * wanted)))
     group = next(size for size in range(most, 0, -1) if num % size == 0)
     tokens = min(wanted, SPACE // (dtype.itemsize * made * group))
+    numbers = LEAST_PIECES * piece_numbers(num, spec.kv_rank)
+    size = max(tokens * group * made * dtype.itemsize, 4 * numbers)
+    space = torch.empty(-(-size // 4), device=where)
     return DecompressBuffer(
         group,
-        torch.empty(tokens, group, made, dtype=dtype, device=where),
+        space.view(dtype)[: tokens * group * made].view(tokens, group, made),
         torch.empty(tokens, spec.rope.dim, dtype=dtype, device=where),
+        space,
     )

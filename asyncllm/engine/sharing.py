@@ -113,8 +113,9 @@ def _choose(
     runs: Sequence[Stretch], costs: SharingCosts, least: float, members: int
 ) -> list[Candidate]:
     """Groups that gain more than ``least``. A nested group begins where its outer one ends. There
-    are at most ``members`` memberships."""
+    are at most ``members`` memberships, and ``costs.blocks`` blocks."""
     found: list[Candidate] = []
+    blocks = costs.blocks
     around: list[Candidate] = []
     for first, last, depth in runs:
         while around and around[-1][2] + around[-1][3] <= first:
@@ -122,8 +123,9 @@ def _choose(
         begin = around[-1][1] if around else 0
         count = last - first + 1
         gain = costs.gain(depth - begin, count)
-        if gain > least and count <= members:
-            members -= count
+        needed = costs.num_blocks(count)
+        if gain > least and count <= members and needed <= blocks:
+            members, blocks = members - count, blocks - needed
             around.append((begin, depth, first, count, gain))
             found.append(around[-1])
     return found

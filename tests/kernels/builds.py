@@ -1,5 +1,5 @@
-"""Triton's front end over every build of the attention kernels, and of those of experts in 8 bits,
-for an H100; needs no GPU.
+"""Triton's front end over every build of the attention kernels, over K/V pairs and over latents, and
+of those of experts in 8 bits, for an H100; needs no GPU.
 
 The interpreter, which the other tests run, sees no types. Run as a program, since Triton decides
 at its import whether it interprets. Says on its last line how many builds there were.
@@ -22,6 +22,8 @@ from asyncllm.kernels.attention.decode import decode_attention
 from asyncllm.kernels.attention.kv_write import rope_kv
 from asyncllm.kernels.attention.prefill import PrefillConfig, prefill_attention
 from asyncllm.kernels.attention.shared_rows import MAX_GROUPS, SharedRows
+from asyncllm.kernels.latent.attend import attend
+from asyncllm.kernels.latent.plan import plan_attend, plan_chunks
 from asyncllm.kernels.moe.eight_bits import CONFIGS
 from asyncllm.kernels.moe.experts import experts
 from asyncllm.kernels.moe.tiles import ExpertsConfig
@@ -80,6 +82,28 @@ def case(dim: int, q: int, kv: int, dtype: torch.dtype, bits: Any) -> dict[str, 
     return in_8_bits(found, *bits) if bits else found
 
 
+def no_groups(row: Tensor) -> SharedRows:
+    return SharedRows(row.new_zeros(4, MAX_GROUPS), row * 0, row * 0, row * 0)
+
+
+def latents() -> None:
+    """Decode with and without shared prefixes, and chunks."""
+    row, table = torch.ones(1, dtype=torch.int32), torch.zeros(1, 4, dtype=torch.int32)
+    shapes = ((16, 64, torch.bfloat16), (70, 40, torch.float32), (20, 64, torch.float16))
+    for bits, (heads, rank, dtype) in itertools.product((False, True), shapes):
+        q, turned = torch.zeros(1, heads, rank).to(dtype), torch.zeros(1, heads, 16).to(dtype)
+        kind, scales = (torch.float8_e4m3fn, torch.ones(5)) if bits else (dtype, None)
+        cache = torch.zeros(5, rank + 16).to(kind)
+        plans = [
+            plan_attend(row, row, heads, cache, rank, shared=shared)
+            for shared in (None, no_groups(row))
+        ]
+        cu = torch.tensor([0, 1], dtype=torch.int32)
+        chunks = plan_chunks(row, row, cu, 1, heads, cache, rank, capacity=0, least=1)
+        for plan in (*plans, chunks.attend):
+            attend(q, turned, cache, table, 1.0, plan=plan, out=q.clone(), scales=scales)
+
+
 def mixtures() -> None:
     """Experts in 8 bits: each class, with and without what the copy engine brings."""
     ids, weights = torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1)
@@ -114,9 +138,7 @@ def main() -> int:
         for grouped, split in itertools.product((False, True), (False, True)):
             decode_attention(**row, **limit, scale=1.0, grouped=grouped, split=split)
         if "window" not in limit:
-            none = row["lens"] * 0
-            shared = SharedRows(none.new_zeros(4, MAX_GROUPS), none, none, none)
-            decode_attention(**row, **limit, scale=1.0, shared=shared)
+            decode_attention(**row, **limit, scale=1.0, shared=no_groups(row["lens"]))
         qkv = torch.zeros(2, (q + 2 * kv) * dim, dtype=dtype)
         starts, cu = step["lanes"] + 2, torch.tensor([0, 2], dtype=torch.int32)
         rows = {**step, "starts": starts, "cu_counts": cu, "max_count": 2, "scale": 1.0}
@@ -124,6 +146,7 @@ def main() -> int:
             prefill_attention(**rows, **limit, config=config, kv=qkv)
         cos, at = torch.zeros(4, dim), step["table"][0, :2]
         rope_kv(qkv, cos, at, at, step["k_cache"], step["v_cache"], q, step.get("scales"))
+    latents()
     mixtures()
     sys.stdout.write(f"{len(built)}\n")
     return 0

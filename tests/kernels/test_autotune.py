@@ -16,7 +16,7 @@ from asyncllm.kernels.attention.decode_plan import DecodeConfig, decode_config
 from asyncllm.kernels.attention.kv8 import KIND_NAMES
 from asyncllm.kernels.attention.prefill import PrefillConfig, block_pairs, prefill_config
 from asyncllm.kernels.autotune import DeviceFacts
-from asyncllm.kernels.latent.plan import AttendConfig
+from asyncllm.kernels.latent.keys import AttendConfig
 from asyncllm.kernels.latent.prefill import LatentPrefillConfig
 from asyncllm.kernels.moe.experts import ExpertsConfig
 from asyncllm.kernels.quant.four_bits import FourBitsConfig

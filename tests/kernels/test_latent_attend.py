@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from asyncllm.kernels.latent.attend import attend, attend_ref
+from asyncllm.kernels.latent.keys import AttendConfig
 from asyncllm.kernels.latent.plan import (
     EXPAND_TILE,
-    AttendConfig,
     item_tokens,
     plan_attend,
     plan_chunks,
@@ -104,6 +104,7 @@ def test_work_is_divided_equally_and_completely() -> None:
         case["lanes"][[0, 2, 3, 4]].tolist(),
         [5, 400, 16, 90],
         [0, 1, 26, 27],
+        [0] * 4,
     ]
     assert plan.first.tolist() == [0, 1, 1, 1, 3]
     assert plan.begins.tolist() == [0, 1, 1, 26, 27]

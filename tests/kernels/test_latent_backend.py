@@ -9,6 +9,8 @@ from asyncllm.core.windows import PerSpace
 from asyncllm.engine import latent_cuda
 from asyncllm.engine.latent_cpu import TorchLatentAttention, TorchLatents
 from asyncllm.engine.latent_cuda import TritonLatentAttention, TritonLatents
+from asyncllm.kernels.autotune import num_sms
+from asyncllm.kernels.latent.shared import piece_numbers
 from asyncllm.models.attention import Batch, HostRows, Latent
 from asyncllm.models.kv_format import FORMATS
 from asyncllm.models.rope import Rope
@@ -112,6 +114,27 @@ def _to(latent: Latent, rows: int) -> Latent:
     return Latent(latent.raw[:rows].cpu(), latent.norm.cpu(), latent.eps, latent.up.cpu())
 
 
+def test_partial_results_of_shared_prefixes_lie_where_keys_are_decompressed_later() -> None:
+    backend = TritonLatentAttention(
+        [make_spec()], TritonLatents([make_spec()], torch.float32), MAX_LEN, CPU
+    )
+    space = backend._spaces[make_spec()]
+    assert space.made.data_ptr() == space.pieces.data_ptr()
+    assert backend.nbytes == space.nbytes + sum(table.nbytes for table in backend.angles.values())
+    costs = backend.sharing()
+    assert costs is not None
+    ranges = num_sms(CPU)
+    assert (costs.blocks + ranges) * piece_numbers(2, 32) * 4 <= space.pieces.nbytes
+    assert costs.num_blocks(2 * 1024) <= costs.blocks  # as many as the largest graph may want
+    alone = make_spec(64)
+    assert (
+        TritonLatentAttention(
+            [alone], TritonLatents([alone], torch.float32), MAX_LEN, CPU
+        ).sharing()
+        is None
+    )
+
+
 def test_space_is_held_for_the_longest_sequence() -> None:
     def space(heads: int, max_len: int) -> tuple[int, int]:
         spec = AttentionSpec(
@@ -120,7 +143,9 @@ def test_space_is_held_for_the_longest_sequence() -> None:
         )  # fmt: skip
         found = latent_cuda._space(spec, max_len, torch.bfloat16, torch.device("meta"))
         assert found.made.nbytes <= 1 << 30
-        assert found.nbytes == found.made.nbytes + len(found.made) * 128
+        assert found.nbytes == found.pieces.nbytes + len(found.made) * 128
+        least = latent_cuda.LEAST_PIECES * piece_numbers(heads, 512) * 4
+        assert found.pieces.nbytes == max(found.made.nbytes, least)
         return found.group, len(found.made)
 
     assert space(16, 4096) == (16, 8192)

@@ -10,15 +10,17 @@ import torch
 
 from asyncllm.engine import build
 from asyncllm.engine.attention_cuda import TritonAttention, TritonPairs
+from asyncllm.engine.latent_cuda import TritonLatentAttention, TritonLatents
 from asyncllm.engine.ops_cpu import TorchOps
 from asyncllm.models.attention import KvLayout
 from asyncllm.models.kv_format import FORMATS, PLAIN, KvMode
 from asyncllm.models.spec import AttentionSpec
 from tests.kernels.harness import DEVICE
+from tests.models import test_deepseek, test_llama
 from tests.models.harness import Driver, Sequence, make_device
-from tests.models.test_llama import make_checkpoint
 from tests.models.test_sharing import FREE, SAVED, rows_that_share, same_answers
 
+ONE_LAYER = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="tests/models has the same in graphs")
 
 
@@ -30,16 +32,37 @@ class Here(TritonAttention):
         return None
 
 
-@pytest.mark.parametrize("fmt", [None, "triton_int8kv"])
-def test_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fmt: str | None) -> None:
-    def operators(
-        layers: Any, kv: KvMode, dtype: Any, device: Any, max_len: int, where: Any
-    ) -> Any:
-        pairs = TritonPairs(layers, dtype, kv.format)
-        return TorchOps(), Here(layers, pairs, max_len, where, kv.kernel)
+class LatentHere(TritonLatentAttention):
+    """In the interpreter."""
 
+    @staticmethod
+    def refuse(spec: AttentionSpec, layout: KvLayout, device: torch.device) -> str | None:
+        return None
+
+
+def operators(
+    layers: Any, kv: KvMode, dtype: Any, device: Any, max_len: int, where: Any
+) -> tuple[Any, Any]:
+    """Our attention beside torch's other operators."""
+    if layers[0].kind == "mla":
+        latents = TritonLatents(layers, dtype, kv.format)
+        return TorchOps(), LatentHere(layers, latents, max_len, where)
+    pairs = TritonPairs(layers, dtype, kv.format)
+    return TorchOps(), Here(layers, pairs, max_len, where, kv.kernel)
+
+
+@pytest.mark.parametrize(
+    ("model", "fmt"), [("llama", None), ("llama", "triton_int8kv"), ("v2 lite", None)]
+)
+def test_the_same_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, fmt: str | None
+) -> None:
     monkeypatch.setattr(build, "_operators", operators)
-    make_checkpoint(tmp_path, num_hidden_layers=1)
+    if model == "llama":
+        test_llama.make_checkpoint(tmp_path, num_hidden_layers=1)
+    else:
+        classes, changes = test_deepseek.VARIANTS[model]
+        test_deepseek.make_checkpoint(tmp_path, classes, {**changes, **ONE_LAYER})
     found: list[list[Sequence]] = []
     for shares in (False, True):
         kv = PLAIN if fmt is None else KvMode(FORMATS[fmt])

@@ -15,6 +15,7 @@ from asyncllm.engine.sharing import LEAST_ROWS, SharedColumns, SharedReads, shar
 from asyncllm.kernels.attention.shared_rows import MAX_GROUPS, MEMBERS, SharingCosts
 from asyncllm.messages import StepPlan
 from asyncllm.models.kv_format import FORMATS, PLAIN, KvMode
+from tests.models import test_deepseek
 from tests.models.harness import Driver, Sequence, make_device, random_ids
 from tests.models.test_llama import VOCAB, make_checkpoint
 
@@ -153,6 +154,34 @@ def test_costs_follow_the_shape() -> None:
     assert (part.block, part.row) == pytest.approx((whole.block, whole.row))
 
 
+def test_costs_of_latents_follow_the_heads_of_a_rank() -> None:
+    """DeepSeek-V2-Lite, and V3 on 8, 4, 2 ranks and one: blocks of 64 pairs are what it pays for."""
+
+    def costs(heads: int) -> SharingCosts | None:
+        return SharingCosts.of_latents(heads, 512, 64, 300)
+
+    lite, eight, part = costs(16), costs(8), costs(32)
+    assert lite is not None
+    assert eight is not None
+    assert part is not None
+    assert (lite.rows, eight.rows, part.rows) == (4, 8, 2)
+    assert 0.1 < lite.gain(1536, 128) / (1536 * 127) < eight.gain(1536, 128) / (1536 * 127) < 0.9
+    assert 0 < part.gain(1536, 128) / (1536 * 127) < 0.5
+    assert lite.gain(1536, 2) < 0 < lite.gain(1536, 8)
+    assert eight.gain(1536, 128) > eight.step  # and with 16 heads so many rows do not pay yet
+    assert lite.gain(1536, 128) < lite.step < lite.gain(1536, 512)
+    assert costs(64) is costs(128) is None  # a row fills a block: as much is computed as before
+
+
+def test_groups_have_no_more_blocks_than_their_partial_results_have_space() -> None:
+    lanes = [*range(12)]
+    shared_lens = [0, 50, 50, 50, 0, *[400] * 4, 0, 70, 70]
+    costs = SharingCosts(rows=2, block=0.0, row=0.0, step=-1.0, blocks=5)
+    found = columns(lanes, shared_lens, lanes, costs)
+    assert found is not None
+    assert found.groups.T.tolist() == [[0, 50, 0, 4], [0, 400, 4, 5]]
+
+
 def rows_that_share(driver: Driver, vocab: int = VOCAB) -> list[Sequence]:
     """Rows in nested groups, in groups of their own and in none; which come and go, beside chunks
     of prompts that hit what others have computed."""
@@ -198,9 +227,17 @@ def same_answers(want: list[Sequence], got: list[Sequence], bound: float) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("fmt", [None, *FORMATS])
-def test_the_same_tokens_in_graphs(tmp_path: Path, fmt: str | None, graphs: bool) -> None:
-    make_checkpoint(tmp_path)
+@pytest.mark.parametrize(
+    ("model", "fmt"),
+    [*(("llama", fmt) for fmt in (None, *FORMATS)), ("v2 lite", None), ("v3", "triton_fp8kv")],
+)
+def test_the_same_tokens_in_graphs(
+    tmp_path: Path, model: str, fmt: str | None, graphs: bool
+) -> None:
+    if model == "llama":
+        make_checkpoint(tmp_path)
+    else:
+        test_deepseek.make_checkpoint(tmp_path, *test_deepseek.VARIANTS[model])
     found = []
     for shares in (False, True):
         kv = PLAIN if fmt is None else KvMode(FORMATS[fmt])

@@ -6,6 +6,7 @@ Plain torch: also needed without Triton.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,6 +19,12 @@ CACHE_RATE = 9.7e12  # bytes/s of 16 bits for each channel of K and V
 BLOCK_RATE = 1.3e12  # channels of K for 64 pairs, per second
 ROW_S = 17e-12  # for each channel of a row's queries: partial results are written and read
 STEP_S = 14e-6  # until the groups' part has started and ended
+# The same of latents, where products set the time of blocks of 64 pairs (measured on an H200 by
+# bench/kernels_latent_shared.py): a latent's channels, as key and as value, for all pairs of a
+# block per second. Blocks of 16 pairs are taken to read what rows share as fast as a copy does.
+LATENT_RATE = {16: 4.2e12, 64: 1.63e12}
+LATENT_ROW_S = 10e-12  # for each channel of a row's sums
+LATENT_STEP_S = 25e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +58,14 @@ class SharingCosts:
         block: per block of rows and token of the group.
         row: per member.
         step: once for all groups of a step.
+        blocks: most of all groups, whose partial results have a space that is given.
     """
 
     rows: int
     block: float
     row: float
     step: float
+    blocks: int = sys.maxsize
 
     @classmethod
     def of(cls, num_q_heads: int, num_kv_heads: int, head_dim: int) -> SharingCosts:
@@ -71,7 +80,32 @@ class SharingCosts:
             step=STEP_S / token_s,
         )
 
+    @classmethod
+    def of_latents(
+        cls, num_heads: int, rank: int, rope_dim: int, blocks: int
+    ) -> SharingCosts | None:
+        """The same over latents; None where sharing never saves anything: each block computes as
+        much as before, which is all of the time if a row fills a block by itself."""
+        group = 1 << (num_heads - 1).bit_length()
+        channels = 2 * rank + rope_dim
+        block_s = channels / LATENT_RATE[64] * max(1, -(-num_heads // 64))
+        token_s = channels / LATENT_RATE[16] if num_heads <= 16 else block_s
+        rows = max(64, group) // group
+        if rows * token_s <= block_s:
+            return None
+        return cls(
+            rows=rows,
+            block=block_s / token_s,
+            row=LATENT_ROW_S * num_heads * rank / token_s,
+            step=LATENT_STEP_S / token_s,
+            blocks=blocks,
+        )
+
+    def num_blocks(self, count: int) -> int:
+        """Of a group of ``count`` rows."""
+        return -(-count // self.rows)
+
     def gain(self, length: int, count: int) -> float:
         """Of ``count`` rows with ``length`` tokens in common."""
-        blocks = -(-count // self.rows)
-        return length * (count - 1 - blocks * self.block) - count * self.row
+        read = 1 + self.num_blocks(count) * self.block
+        return length * (count - read) - count * self.row

@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from asyncllm.kernels.attention.kv8 import widened
 from asyncllm.kernels.attention.scores import padded
+from asyncllm.kernels.latent.keys import attend_latents
 from asyncllm.kernels.latent.plan import AttendPlan
+from asyncllm.kernels.latent.shared import attend_shared
 from asyncllm.kernels.latent.write import check_cache, read_ref
 
 
@@ -39,6 +40,7 @@ def _attend_kernel(
     out_ptr,
     partial_ptr,
     lse_ptr,
+    whole_lse_ptr,
     num_items,
     num_ranges,
     q_row,
@@ -60,6 +62,7 @@ def _attend_kernel(
     ROPE_PAD: tl.constexpr,
     TILE: tl.constexpr,
     SCALED: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     # neighbours share a range, so that all but one find its latents in the L2 cache
     block = tl.program_id(0) % BLOCKS
@@ -70,7 +73,6 @@ def _attend_kernel(
     record = tl.load(first_ptr + program)
     tile = program * per_range
     stop = tl.minimum(tile + per_range, total)
-    token = tl.arange(0, TILE)
     dim = tl.arange(0, RANK_PAD)
     turn = tl.arange(0, ROPE_PAD)
     pair = tl.arange(0, PAIRS)
@@ -95,6 +97,9 @@ def _attend_kernel(
         # the last position that a pair sees; pairs that only pad see as much as the last
         limit = length - tl.maximum(num_tokens - query, 1)
         at = (first_token + query).to(tl.int64)
+        lane_ptr = table_ptr + lane.to(tl.int64) * table_row
+        if SHARED:
+            lane_ptr += tl.load(records_ptr + 4 * num_items + record)
 
         q = tl.load(
             q_ptr + at[:, None] * q_row + head[:, None] * q_head + dim[None, :],
@@ -106,52 +111,26 @@ def _attend_kernel(
             mask=live[:, None] & (turn < ROPE)[None, :],
             other=0.0,
         )
-        best = tl.full([PAIRS], float("-inf"), tl.float32)
-        # summed over tokens at the end: one sum across warps instead of one a tile
-        norms = tl.zeros([PAIRS, TILE], tl.float32)
-        acc = tl.zeros([PAIRS, RANK_PAD], tl.float32)
-        lane_ptr = table_ptr + lane.to(tl.int64) * table_row
-        for begin in range(skipped * TILE, (skipped + count) * TILE, TILE):
-            position = begin + token
-            known = position < length
-            slot = tl.load(lane_ptr + position, mask=known, other=0).to(tl.int64)
-            row = cache_ptr + slot * (RANK + ROPE)
-            # unread slots may hold NaN, and 0 * NaN would spoil the sum: they are masked out
-            if RANK == RANK_PAD:
-                c = tl.load(row[:, None] + dim[None, :], mask=known[:, None], other=0.0)
-            else:
-                inside = known[:, None] & (dim < RANK)[None, :]
-                c = tl.load(row[:, None] + dim[None, :], mask=inside, other=0.0)
-            if ROPE == ROPE_PAD:
-                k = tl.load(row[:, None] + (RANK + turn)[None, :], mask=known[:, None], other=0.0)
-            else:
-                inside = known[:, None] & (turn < ROPE)[None, :]
-                k = tl.load(row[:, None] + (RANK + turn)[None, :], mask=inside, other=0.0)
-            by = tl.full([TILE], 1.0, tl.float32)
-            if SCALED:  # 8-bit floats are exact in any of the other types; the scale comes after
-                by = tl.load(scales_ptr + slot, mask=known, other=0.0)
-                c = widened(c, q.dtype)
-                k = widened(k, q.dtype)
-            score = tl.dot(q, tl.trans(c), input_precision="ieee")
-            score = tl.dot(turned, tl.trans(k), score, input_precision="ieee") * scale_log2
-            if SCALED:
-                score = score * by[None, :]
-            score = tl.where(position[None, :] <= limit[:, None], score, float("-inf"))
-            new_best = tl.maximum(best, tl.max(score, axis=1))
-            if MANY:  # a pair may see nothing of this piece
-                base = tl.where(new_best == float("-inf"), 0.0, new_best)
-            else:
-                base = new_best
-            weight = tl.exp2(score - base[:, None])
-            shrink = tl.exp2(best - base)
-            norms = norms * shrink[:, None] + weight
-            if SCALED:
-                weight = weight * by[None, :]
-            acc = acc * shrink[:, None]
-            acc = tl.dot(weight.to(c.dtype), c, acc, input_precision="ieee")
-            best = new_best
-
-        norm = tl.sum(norms, axis=1)
+        acc, best, norm = attend_latents(
+            q,
+            turned,
+            cache_ptr,
+            scales_ptr,
+            lane_ptr,
+            skipped * TILE,
+            (skipped + count) * TILE,
+            length,
+            limit,
+            scale_log2,
+            MANY,
+            PAIRS,
+            RANK,
+            RANK_PAD,
+            ROPE,
+            ROPE_PAD,
+            TILE,
+            SCALED,
+        )
         if MANY:
             norm = tl.where(norm == 0.0, 1.0, norm)
         acc = acc / norm[:, None]
@@ -162,26 +141,51 @@ def _attend_kernel(
                 acc.to(out_ptr.dtype.element_ty),
                 mask=inside,
             )
+            if SHARED:  # for what is merged with it
+                tl.store(whole_lse_ptr + at * HEADS + head, best + tl.log2(norm), mask=live)
         else:
             # a range's first piece goes to its even place, a last one that goes on to its odd one
             place = 2 * program + (tile - skipped > program * per_range).to(tl.int32)
-            part = (place * BLOCKS + block).to(tl.int64) * PAIRS + pair
-            tl.store(partial_ptr + part[:, None] * RANK + dim[None, :], acc, mask=inside)
-            tl.store(lse_ptr + part, best + tl.log2(norm))
+            piece = (place * BLOCKS + block).to(tl.int64) * PAIRS + pair
+            tl.store(partial_ptr + piece[:, None] * RANK + dim[None, :], acc, mask=inside)
+            tl.store(lse_ptr + piece, best + tl.log2(norm))
         tile += count
         record += 1
 
 
-@triton.jit(do_not_specialize=["num_items"], do_not_specialize_on_alignment=["lens_ptr"])
+@triton.jit
+def _joined(best, norm, acc, lse, value):
+    """The sums [GROUP], [GROUP, RANK_PAD] so far with more normed ones, [MERGE, GROUP] and
+    [MERGE, GROUP, RANK_PAD]; those that are not there have an lse of minus infinity."""
+    new_best = tl.maximum(best, tl.max(lse, axis=0))
+    base = tl.where(new_best == float("-inf"), 0.0, new_best)
+    weight = tl.exp2(lse - base[None, :])
+    shrink = tl.exp2(best - base)
+    norm = norm * shrink + tl.sum(weight, axis=0)
+    acc = acc * shrink[:, None] + tl.sum(weight[:, :, None] * value, axis=0)
+    return new_best, norm, acc
+
+
+@triton.jit(
+    do_not_specialize=["num_items", "pieces_row"],
+    do_not_specialize_on_alignment=["lens_ptr", "owns_ptr"],
+)
 def _merge_kernel(
     lens_ptr,
+    owns_ptr,
     meta_ptr,
     begins_ptr,
     items_ptr,
     partial_ptr,
     lse_ptr,
+    whole_lse_ptr,
+    pieces_ptr,
+    num_pieces_ptr,
+    shared_ptr,
+    shared_lse_ptr,
     out_ptr,
     num_items,
+    pieces_row,
     out_row,
     out_head,
     HEADS: tl.constexpr,
@@ -194,6 +198,7 @@ def _merge_kernel(
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
     MERGE: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     item = tl.program_id(0)
     block = tl.program_id(1) // (PAIRS // GROUP)
@@ -201,9 +206,14 @@ def _merge_kernel(
     length = tl.load(lens_ptr + item)
     per_range = tl.load(meta_ptr + 1)
     start = tl.load(begins_ptr + item)
+    num_pieces = 0
+    if SHARED:
+        length -= tl.load(owns_ptr + item)
+        num_pieces = tl.load(num_pieces_ptr + item)
     lowest = start // per_range
     highest = (start + tl.cdiv(length, TILE) - 1) // per_range
-    if (length > 0) & (lowest < highest):  # else it was written at once
+    # else it was written at once, by the program that had all of it
+    if (length > 0) & ((lowest < highest) | (num_pieces > 0)):
         if MANY:
             first_token = tl.load(items_ptr + item)
             num_tokens = tl.load(items_ptr + num_items + item)
@@ -211,35 +221,52 @@ def _merge_kernel(
             first_token = item
             num_tokens = 1
         dim = tl.arange(0, RANK_PAD)
-        best = tl.full([GROUP], float("-inf"), tl.float32)
-        norm = tl.zeros([GROUP], tl.float32)
-        acc = tl.zeros([GROUP, RANK_PAD], tl.float32)
-        for begin in range(lowest, highest + 1, MERGE):
-            program = begin + tl.arange(0, MERGE)
-            live = program <= highest
-            place = 2 * program + (start > program * per_range).to(tl.int32)
-            part = (place * BLOCKS + block).to(tl.int64)[:, None] * PAIRS + pair[None, :]
-            lse = tl.load(lse_ptr + part, mask=live[:, None], other=float("-inf"))
-            value = tl.load(
-                partial_ptr + part[:, :, None] * RANK + dim[None, None, :],
-                mask=live[:, None, None] & (dim < RANK)[None, None, :],
-                other=0.0,
-            )
-            # of tokens and heads that only pad, partial results are undefined, and not written
-            new_best = tl.maximum(best, tl.max(lse, axis=0))
-            base = tl.where(new_best == float("-inf"), 0.0, new_best)
-            weight = tl.exp2(lse - base[None, :])
-            shrink = tl.exp2(best - base)
-            norm = norm * shrink + tl.sum(weight, axis=0)
-            acc = acc * shrink[:, None] + tl.sum(weight[:, :, None] * value, axis=0)
-            best = new_best
         query = pair // BLOCK_HEADS
         head = block * BLOCK_HEADS + pair % BLOCK_HEADS
         at = (first_token + query).to(tl.int64)
+        live = (query < num_tokens) & (head < HEADS)
+        out_at = out_ptr + at[:, None] * out_row + head[:, None] * out_head + dim[None, :]
+        best = tl.full([GROUP], float("-inf"), tl.float32)
+        norm = tl.zeros([GROUP], tl.float32)
+        acc = tl.zeros([GROUP, RANK_PAD], tl.float32)
+        for begin in range(lowest, tl.where(lowest < highest, highest + 1, lowest), MERGE):
+            program = begin + tl.arange(0, MERGE)
+            there = program <= highest
+            place = 2 * program + (start > program * per_range).to(tl.int32)
+            part = (place * BLOCKS + block).to(tl.int64)[:, None] * PAIRS + pair[None, :]
+            # of tokens and heads that only pad, partial results are undefined, and not written
+            lse = tl.load(lse_ptr + part, mask=there[:, None], other=float("-inf"))
+            value = tl.load(
+                partial_ptr + part[:, :, None] * RANK + dim[None, None, :],
+                mask=there[:, None, None] & (dim < RANK)[None, None, :],
+                other=0.0,
+            )
+            best, norm, acc = _joined(best, norm, acc, lse, value)
+        if SHARED:
+            if lowest == highest:
+                best = tl.load(whole_lse_ptr + at * HEADS + head, mask=live, other=float("-inf"))
+                acc = tl.load(out_at, mask=live[:, None] & (dim < RANK)[None, :], other=0.0)
+                acc = acc.to(tl.float32)
+                norm += 1.0
+            for begin in range(0, num_pieces, MERGE):
+                index = begin + tl.arange(0, MERGE)
+                there = index < num_pieces
+                row_ptr = pieces_ptr + item.to(tl.int64) * pieces_row
+                piece = tl.load(row_ptr + index, mask=there, other=0).to(tl.int64)
+                part = piece[:, None] * HEADS + head[None, :]
+                seen = there[:, None] & live[None, :]
+                lse = tl.load(shared_lse_ptr + part, mask=seen, other=float("-inf"))
+                value = tl.load(
+                    shared_ptr + part[:, :, None] * RANK + dim[None, None, :],
+                    mask=seen[:, :, None] & (dim < RANK)[None, None, :],
+                    other=0.0,
+                )
+                best, norm, acc = _joined(best, norm, acc, lse, value)
+        acc = acc / tl.where(live, norm, 1.0)[:, None]
         tl.store(
-            out_ptr + at[:, None] * out_row + head[:, None] * out_head + dim[None, :],
-            (acc / norm[:, None]).to(out_ptr.dtype.element_ty),
-            mask=((query < num_tokens) & (head < HEADS))[:, None] & (dim < RANK)[None, :],
+            out_at,
+            acc.to(out_ptr.dtype.element_ty),
+            mask=live[:, None] & (dim < RANK)[None, :],
         )
 
 
@@ -284,7 +311,10 @@ def attend(
     if num_items == 0:
         return out
     many = plan.items is not None
-    rank_pad = padded(rank)
+    shared = plan.shared
+    scale_log2 = scale * math.log2(math.e)
+    if shared is not None:
+        attend_shared(shared, q, turned, cache, table, plan.lanes, scales, scale_log2)
     _attend_kernel[(plan.num_ranges * plan.blocks,)](
         q,
         turned,
@@ -298,6 +328,7 @@ def attend(
         out,
         plan.partial,
         plan.lse,
+        plan.whole_lse,
         num_items,
         plan.num_ranges,
         q.stride(0),
@@ -307,33 +338,41 @@ def attend(
         out.stride(0),
         out.stride(1),
         table.stride(0),
-        scale * math.log2(math.e),
+        scale_log2,
         HEADS=num_heads,
         BLOCK_HEADS=plan.block_heads,
         BLOCKS=plan.blocks,
         PAIRS=plan.pairs,
         MANY=many,
         RANK=rank,
-        RANK_PAD=rank_pad,
+        RANK_PAD=padded(rank),
         ROPE=rope_dim,
         ROPE_PAD=padded(rope_dim),
         TILE=config.tile,
         SCALED=scales is not None,
+        SHARED=shared is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        maxnreg=min(255, 65536 // (config.programs_per_sm * config.num_warps * 32) // 8 * 8),
+        maxnreg=config.registers,
     )
     # many items: mostly there is nothing to merge, and few programs to see that
     group, merge = (16, 1) if many else (1, 16)
     _merge_kernel[(num_items, plan.blocks * plan.pairs // group)](
         plan.lens,
+        shared and shared.rows.owns,
         plan.meta,
         plan.begins,
         plan.items,
         plan.partial,
         plan.lse,
+        plan.whole_lse,
+        shared and shared.pieces,
+        shared and shared.num_pieces,
+        shared and shared.partial,
+        shared and shared.lse,
         out,
         num_items,
+        shared.pieces.stride(0) if shared else 0,
         out.stride(0),
         out.stride(1),
         HEADS=num_heads,
@@ -342,10 +381,11 @@ def attend(
         PAIRS=plan.pairs,
         MANY=many,
         RANK=rank,
-        RANK_PAD=rank_pad,
+        RANK_PAD=padded(rank),
         TILE=config.tile,
         GROUP=group,
         MERGE=merge,
+        SHARED=shared is not None,
         num_warps=8 if many else 4,
     )
     return out

@@ -25,30 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from asyncllm.kernels.autotune import num_sms, tuned
+from asyncllm.kernels.attention.shared_rows import MAX_GROUPS, SharedRows
+from asyncllm.kernels.autotune import num_sms
+from asyncllm.kernels.latent.keys import FEW, MANY, AttendConfig, attend_config, heads_of_block
+from asyncllm.kernels.latent.shared import MIN_TILES, SharedLatents, find_pieces, plan_shared
 
 _MIN_TILES = 2
-_FEW, _MANY = 16, 64  # pairs of a block: of one token with few heads, and of everything else
 EXPAND_TILE = 128  # keys that are decompressed at once
-
-
-@dataclass(frozen=True, slots=True)
-class AttendConfig:
-    """How the kernel is built and spread: tile in tokens, programs resident on a multiprocessor."""
-
-    tile: int
-    num_warps: int
-    num_stages: int
-    programs_per_sm: int
-
-
-# by pairs. Of num_stages two are spent on the slots, whose load comes before that of the latents;
-# with 5 two tiles of 36 KiB are in flight while one is worked on. 16 queries of 512 + 64 take 144
-# registers a thread and their sums 64: with four warps two programs fit on a multiprocessor.
-_CONFIGS = {
-    _FEW: AttendConfig(32, 4, 5, 2),
-    _MANY: AttendConfig(32, 8, 5, 1),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +47,19 @@ class AttendPlan:
     block_heads: int  # of a block, which is as many heads of each token of an item
     pairs: int  # of a block
     num_ranges: int
+    lanes: Tensor  # [num_items] as given
     lens: Tensor  # [num_items] latents that an item's last token sees; 0: no item
     items: Tensor | None  # [2, num_items]: first token and tokens; None: item i is token i
     meta: Tensor  # [2]: all tiles, tiles per range
     first: Tensor  # [num_ranges]: record where the range starts
-    records: Tensor  # [4, num_items]: item, lane, length, first tile of each one that is there
+    # [5, num_items]: item, lane, length, first tile of each one that is there, and the first
+    # latent that it reads itself: those before are in ``shared``, and do not count in the length
+    records: Tensor
     begins: Tensor  # [num_items]: first tile of each
     partial: Tensor  # [2 * num_ranges * blocks, pairs, rank] float32
     lse: Tensor  # [2 * num_ranges * blocks, pairs] float32, base 2
+    shared: SharedLatents | None  # what rows read together; None: each reads all that is its own
+    whole_lse: Tensor | None  # [num_items, num_heads] of what one range has all of, if ``shared``
 
     @property
     def blocks(self) -> int:
@@ -80,8 +68,10 @@ class AttendPlan:
 
 
 @triton.jit(
-    do_not_specialize=["num_items", "num_ranges"],
-    do_not_specialize_on_alignment=["lanes_ptr", "lens_ptr"],
+    do_not_specialize=["num_items", "num_ranges", "shared_ranges", "pieces_row"],
+    do_not_specialize_on_alignment=[
+        *("lanes_ptr", "lens_ptr", "owns_ptr", "places_ptr", "groups_ptr")
+    ],
 )
 def _divide_kernel(
     lanes_ptr,
@@ -90,11 +80,22 @@ def _divide_kernel(
     first_ptr,
     records_ptr,
     begins_ptr,
+    owns_ptr,
+    places_ptr,
+    groups_ptr,
+    pieces_ptr,
+    num_pieces_ptr,
     num_items,
     num_ranges,
+    shared_ranges,
+    pieces_row,
     TILE: tl.constexpr,
-    MIN_TILES: tl.constexpr,
+    LEAST: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SHARED_TILE: tl.constexpr,
+    SHARED_LEAST: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
     item = tl.program_id(0)
     total = 0
@@ -102,21 +103,40 @@ def _divide_kernel(
     rank = 0
     for begin in range(0, num_items, BLOCK):
         other = begin + tl.arange(0, BLOCK)
-        tiles = tl.cdiv(tl.load(lens_ptr + other, mask=other < num_items, other=0), TILE)
+        length = tl.load(lens_ptr + other, mask=other < num_items, other=0)
+        if GROUPS:
+            length -= tl.load(owns_ptr + other, mask=other < num_items, other=0)
+        tiles = tl.cdiv(length, TILE)
         total += tl.sum(tiles, axis=0)
         start += tl.sum(tl.where(other < item, tiles, 0), axis=0)
         rank += tl.sum(((other < item) & (tiles > 0)).to(tl.int32), axis=0)
-    per_range = tl.maximum(tl.cdiv(total, num_ranges), MIN_TILES)
+    per_range = tl.maximum(tl.cdiv(total, num_ranges), LEAST)
     if item == 0:
         tl.store(meta_ptr, total)
         tl.store(meta_ptr + 1, per_range)
     tl.store(begins_ptr + item, start)
     length = tl.load(lens_ptr + item)
+    own = 0
+    if GROUPS:
+        own = tl.load(owns_ptr + item)
+        length -= own
+        find_pieces(
+            tl.load(places_ptr + item),
+            groups_ptr,
+            pieces_ptr + item.to(tl.int64) * pieces_row,
+            num_pieces_ptr + item,
+            shared_ranges,
+            ROWS,
+            SHARED_TILE,
+            SHARED_LEAST,
+            GROUPS,
+        )
     if length > 0:
         tl.store(records_ptr + rank, item)
         tl.store(records_ptr + num_items + rank, tl.load(lanes_ptr + item))
         tl.store(records_ptr + 2 * num_items + rank, length)
         tl.store(records_ptr + 3 * num_items + rank, start)
+        tl.store(records_ptr + 4 * num_items + rank, own)
         # the ranges that begin in this item
         stop = tl.cdiv(start + tl.cdiv(length, TILE), per_range)
         for begin in range(tl.cdiv(start, per_range), stop, BLOCK):
@@ -132,8 +152,12 @@ def plan_attend(
     rank: int,
     *,
     items: Tensor | None = None,
+    shared: SharedRows | None = None,
+    space: Tensor | None = None,
     config: AttendConfig | None = None,
     num_ranges: int | None = None,
+    shared_config: AttendConfig | None = None,
+    shared_ranges: int | None = None,
 ) -> AttendPlan:
     """Divide items among programs, on the device.
 
@@ -145,37 +169,59 @@ def plan_attend(
         rank: of the latents.
         items: [2, num_items] int32: first token and number of tokens of each, at most
             ``item_tokens``; None: item i is token i.
-        config, num_ranges: instead of those that fit the device (for tests and tuning).
+        shared: rows with the same first slots, whose latents are read once for all of them; like
+            lens read at each replay. Only for items of one token.
+        space: for the partial results of ``shared``, as in ``plan_shared``.
+        config, num_ranges, shared_config, shared_ranges: instead of those that fit the device (for
+            tests and tuning).
 
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
     if lanes.shape != lens.shape or lanes.dtype != torch.int32 or lens.dtype != torch.int32:
         raise ValueError(f"lanes and lens must be [items] int32, not {lanes.dtype}, {lens.dtype}")
-    few = items is None and num_heads <= _FEW
-    pairs = _FEW if few else _MANY
-    block_heads = _FEW if few else _MANY if items is None else _block_heads(num_heads)
+    if shared is not None and (items is not None or shared.order.shape != lens.shape):
+        raise ValueError("rows share latents only where each item is one token of a row")
+    few = items is None and num_heads <= FEW
+    pairs = FEW if few else MANY
+    block_heads = pairs if items is None else heads_of_block(num_heads)
     blocks = triton.cdiv(num_heads, block_heads)
     if config is None:
-        config = attend_config(pairs, lens.shape[0], cache.element_size(), cache.device)
+        size = "few" if lens.shape[0] <= 32 else "many"
+        config = attend_config(pairs, size, cache.dtype, cache.device)
     if num_ranges is None:
         num_ranges = max(1, config.programs_per_sm * num_sms(cache.device) // blocks)
     num_items, device = lens.shape[0], lens.device
     parts = 2 * num_ranges * blocks
+    together, whole_lse = None, None
+    if shared is not None:
+        together = plan_shared(
+            shared,
+            num_heads,
+            rank,
+            cache,
+            config=shared_config,
+            num_ranges=shared_ranges,
+            space=space,
+        )
+        whole_lse = torch.empty((num_items, num_heads), device=device)
     plan = AttendPlan(
         config=config,
         num_heads=num_heads,
         block_heads=block_heads,
         pairs=pairs,
         num_ranges=num_ranges,
+        lanes=lanes,
         lens=lens,
         items=items,
         meta=torch.empty(2, dtype=torch.int32, device=device),
         first=torch.empty(num_ranges, dtype=torch.int32, device=device),
-        records=torch.empty((4, num_items), dtype=torch.int32, device=device),
+        records=torch.empty((5, num_items), dtype=torch.int32, device=device),
         begins=torch.empty(num_items, dtype=torch.int32, device=device),
         partial=torch.empty((parts, pairs, rank), device=device),
         lse=torch.empty((parts, pairs), device=device),
+        shared=together,
+        whole_lse=whole_lse,
     )
     if num_items:
         _divide_kernel[(num_items,)](
@@ -185,34 +231,30 @@ def plan_attend(
             plan.first,
             plan.records,
             plan.begins,
+            shared and shared.owns,
+            shared and shared.places,
+            shared and shared.groups,
+            together and together.pieces,
+            together and together.num_pieces,
             num_items,
             num_ranges,
+            together.num_ranges if together else 1,
+            together.pieces.stride(0) if together else 0,
             TILE=config.tile,
-            MIN_TILES=_MIN_TILES,
+            LEAST=_MIN_TILES,
             BLOCK=256,
+            ROWS=together.block_rows if together else 1,
+            SHARED_TILE=together.config.tile if together else 1,
+            SHARED_LEAST=MIN_TILES,
+            GROUPS=MAX_GROUPS if together else 0,
             num_warps=4,
         )
     return plan
 
 
-def attend_config(
-    pairs: int, num_items: int, element_size: int, device: torch.device
-) -> AttendConfig:
-    """The configuration for blocks of ``pairs``: the device's tuned one, for few or many items, or
-    that of the table; small tiles for 4-byte elements."""
-    found = _CONFIGS[pairs]
-    if entry := tuned(device, "latent", f"{pairs} {'few' if num_items <= 32 else 'many'}"):
-        found = AttendConfig(**entry)
-    return found if element_size <= 2 else AttendConfig(16, found.num_warps, 2, 1)
-
-
 def item_tokens(num_heads: int) -> int:
     """Tokens that an item of a chunk may have."""
-    return _MANY // _block_heads(num_heads)
-
-
-def _block_heads(num_heads: int) -> int:
-    return min(_MANY, 1 << (num_heads - 1).bit_length())
+    return MANY // heads_of_block(num_heads)
 
 
 @dataclass(frozen=True, slots=True)
