@@ -137,8 +137,8 @@ class Hub(BaseHTTPRequestHandler):
         if not path.startswith(("/api/models/org/name/", "/org/name/")):
             self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif "/revision/" in path:
-            prefix_order = [{"rfilename": name} for name in FILES]
-            self.json({"id": "org/name", "sha": COMMIT, "siblings": prefix_order})
+            siblings = [{"rfilename": name} for name in FILES]
+            self.json({"id": "org/name", "sha": COMMIT, "siblings": siblings})
         elif "/tree/" in path:
             self.json(
                 [
