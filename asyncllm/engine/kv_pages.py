@@ -52,7 +52,7 @@ class SliceSet:
 
     strips: tuple[RowSlice, ...]
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Bytes per token, over all strips."""
         return sum(strip.width for strip in self.strips)
