@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from asyncllm.errors import StartupError
 from asyncllm.hub import check_model_dir
+from asyncllm.models import tensors
 from asyncllm.models.checkpoint import INDEX, as_stored, read_checkpoint
 from asyncllm.models.llama import Decoder
 from asyncllm.models.spec import ModelSpec
@@ -58,6 +60,44 @@ def check_loaded(model: Decoder, want: dict[str, Tensor]) -> None:
         for start, into, length in target.spans:
             ours = target.param.narrow(target.dim, into, length)
             assert torch.equal(ours, want[name].narrow(target.dim, start, length)), name
+
+
+def test_two_buffers_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With host memory in the place of pinned memory and of a GPU's: results lie in the buffers."""
+    waited: list[int] = []
+
+    class Event:
+        made = 0
+
+        def __init__(self) -> None:
+            Event.made += 1
+            self.number = Event.made
+
+        def synchronize(self) -> None:
+            waited.append(self.number)
+
+    empty = torch.empty
+    monkeypatch.setattr(tensors, "_marked", Event)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **kw: empty(*size, **kw))
+    matrix = torch.arange(60.0).view(6, 10)
+    parts = [
+        matrix[:2], matrix[:, 3:5].bfloat16(), matrix.t()[2:4], torch.tensor(7),
+        matrix[4:].to(torch.float8_e4m3fn), empty(0, 3),
+    ]  # fmt: skip
+    buffers, cpu = tensors.PinnedBuffers(), torch.device("cpu")
+    buffers.wait()
+    assert not waited, "nothing has been copied"
+    before = parts[0], buffers.to(cpu, parts[0])
+    for part in parts[1:]:
+        found = buffers.to(cpu, part)
+        for want, copied in (before, (part, found)):
+            assert copied.dtype == want.dtype
+            assert torch.equal(copied.float(), want.float())
+        before = part, found
+    assert waited == [1, 2, 3, 4], "each copy waits for the one before last"
+    buffers.wait()
+    assert waited[-1] == 7, "for all that is queued by now"
 
 
 @pytest.mark.gpu
