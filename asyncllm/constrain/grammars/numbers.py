@@ -56,9 +56,9 @@ def _unsigned(low: Bound, high: Bound, integer: bool) -> str:
     """A terminal of numbers without a sign; 0 <= low."""
     found = f"/{_INTEGER}{'' if integer else _PLACES}/"
     if low > (0, False):
-        found += f" & {_above(low)}"
+        found += f" & {_above(low, integer)}"
     if high[0] != inf:
-        found += f" & ~{_above(high)}"
+        found += f" & ~{_above(high, integer)}"
     if not integer and low[0] == 0 and high[0] >= 1:
         found += f" | /{_TINY}/"
     if not integer and low[0] < 10**16 and high[0] == inf:
@@ -66,12 +66,14 @@ def _unsigned(low: Bound, high: Bound, integer: bool) -> str:
     return f"({found})"
 
 
-def _above(bound: Bound) -> str:
+def _above(bound: Bound, integer: bool) -> str:
     """A terminal of what, written without sign and exponent, keeps a lower bound; of an upper one
     it is what does not keep it."""
     whole, places = _digits(bound[0])
     longer = f"[1-9][0-9]{{{len(whole)},}}"
     as_long = [f"{begun}[0-9]{{{rest}}}" for begun, rest in _greater(whole)]
+    if integer:
+        return f"/{'|'.join([longer, *as_long, *(() if bound[1] else (whole,))])}/"
     found = [f"(?:{'|'.join([longer, *as_long])})(?:\\.[0-9]+)?"]
     found += [f"{whole}\\.{begun}[0-9]*" for begun, _ in _greater(places)]
     if bound[1]:

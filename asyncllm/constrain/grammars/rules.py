@@ -6,7 +6,7 @@ Knows neither where rules come from nor the engine but for its notation (Lark's)
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from typing import Final
 
@@ -82,7 +82,7 @@ def rebuilt(node: Expr, call: Callable[[Expr], Expr]) -> Expr:
         case Seq() | Alt():
             return type(node)(tuple(map(call, node.items)))
         case Repeat():
-            return replace(node, item=call(node.item))
+            return Repeat(call(node.item), node.low, node.high)
         case _:
             return node
 

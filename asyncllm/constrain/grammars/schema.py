@@ -243,7 +243,7 @@ class SchemaResolver:
     def _sized(self, node: JsonObject, what: str, atom: String | Array | Object) -> Atom | None:
         """``atom`` as long as minLength, maxItems and the like have it."""
         low, high = (self._count(node, f"{end}{what}") for end in ("min", "max"))
-        return common(atom, replace(type(atom)(), low=low or 0, high=inf if high is None else high))
+        return common(atom, type(atom)(low or 0, inf if high is None else high))
 
     def _array(self, node: JsonObject) -> Atom | None:
         most = self._count(node, "maxItems")
