@@ -234,11 +234,11 @@ def _merge_kernel(
             there = program <= highest
             place = 2 * program + (start > program * per_range).to(tl.int32)
             part = (place * BLOCKS + block).to(tl.int64)[:, None] * PAIRS + pair[None, :]
-            # of tokens and heads that only pad, partial results are undefined, and not written
             lse = tl.load(lse_ptr + part, mask=there[:, None], other=float("-inf"))
+            # of tokens and heads that only pad, sums have not been written
             value = tl.load(
                 partial_ptr + part[:, :, None] * RANK + dim[None, None, :],
-                mask=there[:, None, None] & (dim < RANK)[None, None, :],
+                mask=there[:, None, None] & (live[:, None] & (dim < RANK)[None, :])[None, :, :],
                 other=0.0,
             )
             best, norm, acc = _joined(best, norm, acc, lse, value)

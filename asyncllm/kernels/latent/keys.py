@@ -52,8 +52,8 @@ _CONFIGS = {
 def attend_config(
     pairs: int, size: str, element: torch.dtype, device: torch.device
 ) -> AttendConfig:
-    """The configuration for blocks of ``pairs``: the device's tuned one,
-    or that of the table; small tiles for 4-byte elements.
+    """The configuration for blocks of ``pairs``: the device's tuned one, or that of the table;
+    small tiles for 4-byte elements.
 
     Args:
         size: "few" or "many" items, or prefixes that are "shared".
