@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from asyncllm.kernels.attention.shared_rows import SharingCosts
+from asyncllm.kernels.autotune import tuned
 from asyncllm.kernels.latent.attend import attend
 from asyncllm.kernels.latent.expand import expand
 from asyncllm.kernels.latent.heads import heads
@@ -102,6 +103,9 @@ class TritonLatentAttention:
     def sharing(self) -> SharingCosts | None:
         spec, element = self.layout.layers[0], self.layout.element
         assert spec.rope is not None
+        where = self._spaces[spec].made.device
+        if where.type != "cpu" and tuned(where, "latent", "64 shared") is None:
+            return None  # not shown to save anything on this kind of GPU
         blocks = min(
             shared_blocks(space.pieces, spec.num_q_heads, spec.kv_rank, element)
             for spec, space in self._spaces.items()

@@ -9,7 +9,8 @@ from asyncllm.core.windows import PerSpace
 from asyncllm.engine import latent_cuda
 from asyncllm.engine.latent_cpu import TorchLatentAttention, TorchLatents
 from asyncllm.engine.latent_cuda import TritonLatentAttention, TritonLatents
-from asyncllm.kernels.autotune import num_sms
+from asyncllm.kernels import autotune
+from asyncllm.kernels.autotune import DeviceFacts, num_sms
 from asyncllm.kernels.latent.shared import piece_numbers
 from asyncllm.models.attention import Batch, HostRows, Latent
 from asyncllm.models.kv_format import FORMATS
@@ -133,6 +134,26 @@ def test_partial_results_of_shared_prefixes_lie_where_keys_are_decompressed_late
         ).sharing()
         is None
     )
+
+
+@pytest.mark.parametrize("entry", [None, {"tile": 64}])
+def test_latents_are_shared_only_on_gpus_where_that_was_tuned(
+    monkeypatch: pytest.MonkeyPatch, entry: dict[str, int] | None
+) -> None:
+    asked = []
+
+    def tuned(where: torch.device, kernel: str, key: str) -> dict[str, int] | None:
+        asked.append((where.type, kernel, key))
+        return entry
+
+    monkeypatch.setattr(latent_cuda, "tuned", tuned)
+    monkeypatch.setattr(autotune, "_assumed", [DeviceFacts("a GPU", 132, 90)])
+    meta = torch.device("meta")
+    backend = TritonLatentAttention(
+        [make_spec()], TritonLatents([make_spec()], torch.float32), MAX_LEN, meta
+    )
+    assert (backend.sharing() is not None) == (entry is not None)
+    assert asked == [("meta", "latent", "64 shared")]
 
 
 def test_space_is_held_for_the_longest_sequence() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from asyncllm.codec import i32
+from asyncllm.engine import latent_cuda
 from asyncllm.engine.device import CudaDevice
 from asyncllm.engine.sharing import LEAST_ROWS, SharedColumns, SharedReads, shared_columns
 from asyncllm.kernels.attention.shared_rows import MAX_GROUPS, MEMBERS, SharingCosts
@@ -232,8 +233,9 @@ def same_answers(want: list[Sequence], got: list[Sequence], bound: float) -> Non
     [*(("llama", fmt) for fmt in (None, *FORMATS)), ("v2 lite", None), ("v3", "triton_fp8kv")],
 )
 def test_the_same_tokens_in_graphs(
-    tmp_path: Path, model: str, fmt: str | None, graphs: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, fmt: str | None, graphs: bool
 ) -> None:
+    monkeypatch.setattr(latent_cuda, "tuned", lambda *key: {"tile": 64})  # as if it were
     if model == "llama":
         make_checkpoint(tmp_path)
     else:
