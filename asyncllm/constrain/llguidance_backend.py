@@ -433,8 +433,9 @@ class _Likely:
             self._text, self._spelled = matcher.compute_ff_bytes(), []
         guess, at, rate = self._guess, self._at, 0.0
         if at < len(guess.tokens) and passes(mask, guess.tokens[at]):
-            token, rate = guess.tokens[at], guess.chances[at] / self._chance
-            self._at, self._chance = at + 1, guess.chances[at]
+            token, chance = guess.tokens[at], guess.chances[at]
+            rate = chance / self._chance if chance else 0.0  # what never came fades to 0
+            self._at, self._chance = at + 1, chance
         else:
             self._guess = NO_PATH
             self._spelled = self._spelled or self._spelling.of(self._text)[:]

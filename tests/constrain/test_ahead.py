@@ -126,6 +126,15 @@ def test_a_guess_is_followed_up_to_the_first_token_that_is_not_allowed(
     assert whole.path.tokens == [], "nothing comes after the last token"
 
 
+def test_what_is_forced_is_followed_along_a_guess_without_any_chance(
+    grammars: GrammarEngine, text: ModelTokenizer
+) -> None:
+    matcher = begin(grammars)
+    names = list(text.encode('{"first_name": "', False))
+    matcher.look_ahead(guess(names[:3], 0.0), 3)
+    assert matcher.path.tokens == names[:3]
+
+
 def test_a_token_that_is_unlikely_or_dear_is_not_followed(
     grammars: GrammarEngine, text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
