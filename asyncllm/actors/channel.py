@@ -95,7 +95,7 @@ class _Link(ABC):
 
     @abstractmethod
     def put(self, frame: bytes) -> None:
-        """Hand a frame to the socket. Raises zmq.Again, or _Gone."""
+        """Hand a frame to the socket. Raises zmq.Again, or _LinkClosed."""
 
     def close(self) -> None:
         """Stop sending and receiving."""

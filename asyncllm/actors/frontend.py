@@ -82,7 +82,7 @@ class Frontend(Actor[Inbox]):
         on_open: called once the sockets are served, so that a ready line is true when it is read.
     """
 
-    # a step may bring a Delta and a Finished for each live request, several steps may wait
+    # a step may bring a TextDelta and a Finished for each live request, several steps may wait
     capacity = 65536
     orders = frozenset(
         {MasterList, Started, Drain, Scraped, Cancel, Serving, NodesAnswer, GroupRemoved}

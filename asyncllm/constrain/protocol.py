@@ -71,7 +71,7 @@ class Constraint(Protocol):
 
     def mask_is_stable_for(self, ahead: int) -> bool:
         """The mask will be the same after ``ahead`` more tokens; if not,
-        :meth:`accept` raises Again.
+        :meth:`accept` raises ResampleToken.
 
         True for 0, and never takes back what it has said of the same token.
         """
@@ -81,7 +81,7 @@ class Constraint(Protocol):
 
         Raises:
             RequestError: ``token`` was not allowed, or no token can follow.
-            Again: ``token`` is not taken; the mask says now what may come in its place.
+            ResampleToken: ``token`` is not taken; the mask says now what may come in its place.
         """
 
     def look_ahead(self, guess: Path, most: int) -> None:

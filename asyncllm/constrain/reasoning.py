@@ -78,7 +78,7 @@ class ReasoningConstraint(Constraint):
 
     Reasoning continues without waiting for tokens that are not known yet, as long as its limit is
     far. So the token after its end may have been sampled as part of it: if it does not fit,
-    :meth:`accept` raises Again.
+    :meth:`accept` raises ResampleToken.
 
     Args:
         opened: the prompt ends inside reasoning; else the output may begin with it.

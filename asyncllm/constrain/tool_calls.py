@@ -31,7 +31,7 @@ class ToolCallConstraint(Constraint):
 
     Text has no mask, and continues without waiting for tokens that are not known yet. So the token
     after a mark may have been sampled without the mask it needed: if it does not fit,
-    :meth:`accept` raises Again.
+    :meth:`accept` raises ResampleToken.
 
     Args:
         mark: begins a call; UTF-8.

@@ -403,7 +403,7 @@ def test_turns_are_short_fair_and_lose_nothing(text: ModelTokenizer) -> None:
     assert all(said(seen, rid) == "ab" for rid in rids)
     steps = [b - a for a, b in pairwise(others) if b - a]
     assert len(steps) > 5
-    assert max(steps) <= 2 * LOOK_EVERY  # a Delta and a Finished each
+    assert max(steps) <= 2 * LOOK_EVERY  # a TextDelta and a Finished each
 
 
 def _f32(*values: float) -> array[float]:
