@@ -103,7 +103,7 @@ class MaskWorkQueue:
 
         Args:
             busy: the device is working on a step, so at most STEP_S are available.
-            ahead: tokens that each is to look ahead.
+            ahead: tokens that each is to look ahead, until half of its time is used.
         """
         jobs: list[Job] = []
         while self._heap and len(jobs) < most and (self._left > 0 or not busy):
@@ -111,8 +111,9 @@ class MaskWorkQueue:
             self._level = max(self._level, level)
             if req.todo:  # else it has ended in the meantime
                 assert req.constraint is not None
-                guess = req.guess(ahead)
-                jobs.append(Job(req.rid, req.constraint, req.next_todo(), ahead, guess))
+                # drafts must not use up the time that the request's own masks need
+                num = ahead if req.worked_s < self.limit_s / 2 else 0
+                jobs.append(Job(req.rid, req.constraint, req.next_todo(), num, req.guess(num)))
         self._working += len(jobs)
         return jobs
 

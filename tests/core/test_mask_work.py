@@ -236,6 +236,17 @@ def test_newcomers_do_not_overtake_and_costly_ones_share() -> None:
     assert all(148 <= count[rid] <= 152 for rid in (0, 1)), count
 
 
+def test_looking_ahead_leaves_half_of_the_time_to_the_masks() -> None:
+    line, req = MaskWorkQueue(1.0), waiting(0)
+    seen = []
+    for _ in range(3):
+        line.add(req)
+        (job,) = line.take(1, False, 8)
+        seen.append(job.ahead)
+        line.spent(req, 0.3)
+    assert seen == [8, 8, 0]
+
+
 def test_while_the_device_is_busy_all_together_have_so_much_a_step() -> None:
     line = MaskWorkQueue()
     for rid in range(4):
