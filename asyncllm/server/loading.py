@@ -299,6 +299,8 @@ def _load_device(
     stays, later = _stays(spec, plan, where), list[Callable[[], None]]()
 
     def load(read: Callable[[], None]) -> None:
+        if where.type == "cuda":
+            torch.cuda.set_device(where)  # this thread launches on our device, too
         with log.phase("load weights"), bar:
             read()
 

@@ -1,4 +1,6 @@
-"""Into how many parts the inputs of a product are divided."""
+"""Into how many parts the inputs of a product are divided, and where they wait."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,3 +40,18 @@ def test_parts_fit_into_their_space() -> None:
     assert parts.num_parts(1, 2**21, 64, 50, CPU) == 2
     assert parts.num_parts(1, 2**22, 64, 50, CPU) == 1
     assert parts.num_parts(2**15, 1, 64, 2**16, CPU) == 1
+
+
+def test_products_of_two_streams_have_spaces_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At start, weights are prepared on one while the warm-up runs on another."""
+    streams = iter([1, 2, 1])
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=next(streams))
+    )
+    monkeypatch.setattr(torch, "empty", lambda size, **_: ["parts", size])
+    monkeypatch.setattr(torch, "zeros", lambda size, **_: ["counters", size])
+    parts._space_of.cache_clear()
+    first, second, again = (parts.space(torch.device("cuda", 0)) for _ in range(3))
+    parts._space_of.cache_clear()
+    assert all(a is not b for a, b in zip(first, second, strict=True))
+    assert all(a is b for a, b in zip(first, again, strict=True))

@@ -237,7 +237,7 @@ def four_bits(
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
 
-    Reference: ``four_bits_ref``. Does not synchronise; safe in CUDA graphs. Products of a device
+    Reference: ``four_bits_ref``. Does not synchronise; safe in CUDA graphs. Products of a stream
     must not run at the same time.
     """
     num_rows, n, k, span = _check(x, weight, scales, bias, out)

@@ -1,6 +1,6 @@
 """A tile of a split-K product: inputs are divided among programs, the last of which adds up.
 
-Owns the space where parts wait, one for each device: products of one device run one after the
+Owns the space where parts wait, one for each stream: products of one stream run one after the
 other. The order of the sum is that of the parts, whoever comes last.
 """
 
@@ -104,8 +104,15 @@ def divided(
     return (tiles * triton.cdiv(num_rows, config.rows), parts), added, counters
 
 
-@functools.cache
 def space(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where parts wait, and the counters of tiles, which are zero between products."""
+    """Where parts of products on the current stream wait, and the counters of tiles, which are zero
+    between products. At start, products of two streams run at the same time: see ``prepare`` in
+    ``engine/quant_cuda.py``."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _space_of(device, stream)
+
+
+@functools.cache
+def _space_of(device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
     partial = torch.empty(_PARTIAL, dtype=torch.float32, device=device)
     return partial, torch.zeros(_COUNTERS, dtype=torch.int32, device=device)

@@ -188,7 +188,7 @@ def product(
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
 
-    Reference: ``product_ref``. Does not synchronise; safe in CUDA graphs. Products of a device must
+    Reference: ``product_ref``. Does not synchronise; safe in CUDA graphs. Products of a stream must
     not run at the same time.
     """
     num_rows, n, k = _check(x, x_scales, weight, scales, bias, out)

@@ -153,7 +153,7 @@ def wide(
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
 
-    Reference: ``wide_ref``. Does not synchronise; safe in CUDA graphs. Products of a device must
+    Reference: ``wide_ref``. Does not synchronise; safe in CUDA graphs. Products of a stream must
     not run at the same time.
     """
     num_rows, n, k = _check(x, weight, scales, bias, out)
