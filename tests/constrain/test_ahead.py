@@ -48,6 +48,13 @@ def grammars(text: ModelTokenizer) -> GrammarEngine:
     return made
 
 
+@pytest.fixture(autouse=True)
+def _slow_machines_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is followed must not depend on how busy this machine is."""
+    monkeypatch.setattr(engine, "AHEAD_S", 60.0)
+    monkeypatch.setattr(engine, "QUICK_S", 60.0)
+
+
 def begin(grammars: GrammarEngine) -> Matcher:
     matcher = grammars.constrain("schema", SCHEMA)
     matcher.start()
