@@ -135,7 +135,7 @@ class KvReceiver(TransferThread):
     """See the module.
 
     Args:
-        ways: transports that this rank supports.
+        transports: those that this rank supports.
         node: the id of this server.
         listener: its listening socket, owned by the thread from now on.
     """

@@ -128,7 +128,7 @@ class KvSender(TransferThread):
 
     Args:
         keys: of the cluster's secrets, tried in turn.
-        ways: transports that this rank supports.
+        transports: those that this rank supports.
     """
 
     def __init__(

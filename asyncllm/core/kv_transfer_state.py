@@ -227,7 +227,7 @@ class ImportTable:
         has said so before, whoever of the two is wrong.
 
         Raises:
-            Impossible: it has nothing for us.
+            ProtocolViolation: it has nothing for us.
         """
         entry = self.imports.get(epoch)
         if entry is None or entry.why is not None:
@@ -243,7 +243,7 @@ class ImportTable:
         """Whether some of these positions are still to come from a rank, on this connection.
 
         Raises:
-            Impossible: they do not belong to the request.
+            ProtocolViolation: they do not belong to the request.
         """
         entry = self.imports.get(epoch)
         if entry is None or entry.why is not None or entry.links.get(sender) != link:

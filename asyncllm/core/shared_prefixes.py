@@ -17,8 +17,8 @@ class SharedPrefixIndex:
     """Orders lanes so that those that share a prefix are adjacent, as in a traversal of the prefix
     tree, and keeps the length of the prefix that each shares with the previous one:
 
-        order      3     7     1     4     9
-        commons    0   512  1536   512     0      lanes 3, 7, 1, 4 share 512 tokens, 7 and 1 more
+        order        3     7     1     4     9
+        shared_lens  0   512  1536   512     0      lanes 3, 7, 1, 4 share 512 tokens, 7 and 1 more
 
     Any two lanes share the minimum of the numbers between them. Adding or removing a lane costs its
     path in the tree; nothing is done in between. Each node of the tree knows one of the lanes whose

@@ -42,7 +42,7 @@ class Lane:
     leaves: array[int] = field(default_factory=lambda: array(INT32))  # when over: for the cache
     drafts: Sequence[int] = ()  # of the open proposal
     masks: Sequence[bytes] = ()  # what may follow each, if it has a mask of its own
-    # for K/V transfers, see core.moving
+    # for K/V transfers, see core.transfer_tracker
     imports: bool = False  # its slots are filled by transfers
     imported: array[int] = field(default_factory=lambda: array(INT32))  # not in any step yet
     slot_holds: int = 0  # transfers that may still access its slots
@@ -68,7 +68,7 @@ class Request:
     # an output that the request came with
     todo: deque[tuple[int | None, Step | None, int]] = field(default_factory=deque)
     worked_s: float = 0.0  # CPU time that threads spent on the constraint
-    level: float = -1.0  # see masking.Line
+    level: float = -1.0  # see mask_work.MaskWorkQueue
     leaves_at: int = MAX_COUNT  # number of outputs after which it continues elsewhere
     until: int = 0  # number of outputs after which it ends here
     final_len: int = (

@@ -191,7 +191,7 @@ class SharedPages:
 
 
 def open_window(memory: str, device: torch.device) -> PeerMemory:
-    """Pages of another process. Raises Unreachable."""
+    """Pages of another process. Raises PeerUnreachable."""
     if memory.startswith("cuda:") and device.type == "cuda":
         return CudaPeerMemory(memory, device)
     if (found := _MEMORY.fullmatch(memory)) and device.type == "cpu":
@@ -203,7 +203,7 @@ class CpuPeerMemory:
     """See :class:`SharedPages`, mapped so that nothing can be written.
 
     Raises:
-        Unreachable: they are not what they are said to be.
+        PeerUnreachable: they are not what they are said to be.
     """
 
     def __init__(self, pid: int, fd: int, inode: int, num: int, size: int) -> None:
@@ -254,7 +254,7 @@ class CudaPeerMemory:
     """Device memory of another process, by the handle that CUDA gives for it.
 
     Raises:
-        Unreachable: this process does not see that device, or cannot read from it.
+        PeerUnreachable: this process does not see that device, or cannot read from it.
     """
 
     def __init__(self, memory: str, device: torch.device) -> None:

@@ -111,7 +111,7 @@ class PackedTarget:
         return self.matrix.rows, self.size
 
     def fill(self, source: TensorSource) -> None:
-        """Raises NotAsSaid: it is not of a GGUF file."""
+        """Raises TensorMismatch: it is not of a GGUF file."""
         if not isinstance(source, GgufTensor):
             raise TensorMismatch("is not in the bits of a GGUF file")
         matrix = self.matrix

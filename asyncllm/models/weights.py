@@ -102,7 +102,7 @@ class QuantTarget:
         return self.weight.out_features, self.size
 
     def fill(self, source: TensorSource | QuantSource) -> None:
-        """Raises NotAsSaid: the source is not of the form that was expected."""
+        """Raises TensorMismatch: the source is not of the form that was expected."""
         if self.form is None:
             self._quantise(source)
         elif isinstance(source, ScaledWeights | PackedNibbles):
@@ -223,7 +223,7 @@ class CustomTarget(Protocol):
         """Of the checkpoint's tensor."""
 
     def fill(self, source: TensorSource) -> None:
-        """Raises NotAsSaid: the source is not of the form that was expected."""
+        """Raises TensorMismatch: the source is not of the form that was expected."""
 
 
 AnyTarget = Target | QuantTarget | CustomTarget

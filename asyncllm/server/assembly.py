@@ -303,7 +303,7 @@ def place(
     """Create the actors of this process, in start order.
 
     Args:
-        means: how the watchdog ends the process.
+        hooks: how the watchdog ends the process.
         on_open: called when this process starts serving HTTP.
         channel: to other servers, if the process has one.
     """
