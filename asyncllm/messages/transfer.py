@@ -94,7 +94,8 @@ class PageFilled(Message):
     stamp: int = 0  # in the page for as long as it holds this portion, if pages are fetched
 
     def valid(self) -> bool:
-        return is_rid(self.number) and are_counts(self.page, self.stamp) and self.nbytes > 0
+        numbers = is_rid(self.number) and is_rid(self.stamp)  # neither ever begins again
+        return numbers and are_counts(self.page) and self.nbytes > 0
 
 
 @message(106)

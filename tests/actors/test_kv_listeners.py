@@ -539,3 +539,9 @@ def test_a_sender_that_reads_nothing_is_refused_and_holds_up_nobody(
         assert receiver.pool.free == receiver.pool.num
     finally:
         rig.close()
+
+
+def test_stamps_of_pages_go_on_beyond_32_bits() -> None:
+    """A sender that runs for months has filled more pages."""
+    filled = PageFilled(number=1 << 32, page=3, nbytes=128, stamp=1 << 32)
+    assert decode(encode(filled)) == filled
