@@ -15,12 +15,12 @@ REPLICAS = f"{NODES}::test_replicas_on_lost_nodes_take_nothing_with_them_but_wha
 TABLES: dict[tuple[str, str], dict[str, list[str]]] = {
     ("operations.md", "## When a node of a cluster fails"): {
         "prefill node killed or stopped": [
-            f"{FAILURES}::test_a_prefill_node_that_is_killed_is_done_without",
+            f"{FAILURES}::test_a_node_that_is_killed_while_prompts_are_computed_is_replaced",
             f"{FAILURES}::test_a_stopped_prefill_node_is_left_and_comes_back",
             f"{DIRECTING}::test_without_another_node_it_fails_by_name_in_time",
         ],
         "decode node killed or stopped, no token sent yet": [
-            f"{FAILURES}::test_a_decode_node_that_is_killed_before_it_has_anything_is_replaced",
+            f"{FAILURES}::test_a_node_that_is_killed_while_prompts_are_computed_is_replaced",
             f"{DIRECTING}::test_a_decode_node_lost_before_it_has_given_a_token_is_replaced",
         ],
         "the same, tokens sent": [

@@ -78,50 +78,34 @@ def test_a_stopped_prefill_node_is_left_and_comes_back(one: Server, cluster: Clu
     cluster.free(*cluster.prefill, *cluster.decode)
 
 
-def test_a_prefill_node_that_is_killed_is_done_without(one: Server, cluster: Cluster) -> None:
-    """While it computes: its prompts are computed by the other one."""
-    bodies = [{**long_body(i, 20), "prompt": f"{i} {TEXT * 15}"} for i in range(90, 98)]
-    wanted = [one.post(COMPLETIONS, body)["choices"][0]["text"] for body in bodies]
-    killed = cluster.prefill[0]
-    retries = cluster.master.metric("asyncllm_pd_retries_total")
-    begun = monotonic()
-
-    async def go() -> list[str]:
-        tasks = [asyncio.ensure_future(text_of(cluster.master.url, b)) for b in bodies]
-        while not await asyncio.to_thread(killed.metric, "asyncllm_requests_running"):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-        killed.process.kill()
-        return await asyncio.gather(*tasks)
-
-    assert asyncio.run(asyncio.wait_for(go(), 60)) == wanted
-    assert monotonic() - begun < IN_TIME_S
-    assert cluster.master.metric("asyncllm_pd_retries_total") > retries
-    cluster.prefill[0] = cluster.start_node("prefill")
-    cluster.wait_for(2, 2)
-    cluster.free(*cluster.prefill, *cluster.decode)
-
-
-def test_a_decode_node_that_is_killed_before_it_has_anything_is_replaced(
-    one: Server, cluster: Cluster
+@pytest.mark.parametrize(
+    ("role", "at_work", "first"),
+    [
+        ("prefill", "asyncllm_requests_running", 90),
+        ("decode", "asyncllm_requests_importing", 120),
+    ],
+)
+def test_a_node_that_is_killed_while_prompts_are_computed_is_replaced(
+    one: Server, cluster: Cluster, role: str, at_work: str, first: int
 ) -> None:
-    """While prompts are computed for it: nobody has had a token of theirs."""
-    bodies = [{**long_body(i, 20), "prompt": f"{i} {TEXT * 15}"} for i in range(120, 128)]
+    """Others do its requests, of which nobody has had a token."""
+    bodies = [{**long_body(i, 20), "prompt": f"{i} {TEXT * 15}"} for i in range(first, first + 8)]
     wanted = [one.post(COMPLETIONS, body)["choices"][0]["text"] for body in bodies]
-    killed = cluster.decode[0]
+    nodes = {"prefill": cluster.prefill, "decode": cluster.decode}[role]
     retries = cluster.master.metric("asyncllm_pd_retries_total")
     begun = monotonic()
 
     async def go() -> list[str]:
         tasks = [asyncio.ensure_future(text_of(cluster.master.url, b)) for b in bodies]
-        while not await asyncio.to_thread(killed.metric, "asyncllm_requests_importing"):  # noqa: ASYNC110
+        while not await asyncio.to_thread(nodes[0].metric, at_work):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        killed.process.kill()
+        nodes[0].process.kill()
         return await asyncio.gather(*tasks)
 
     assert asyncio.run(asyncio.wait_for(go(), 60)) == wanted
     assert monotonic() - begun < IN_TIME_S
     assert cluster.master.metric("asyncllm_pd_retries_total") > retries
-    cluster.decode[0] = cluster.start_node("decode")
+    nodes[0] = cluster.start_node(role)
     cluster.wait_for(2, 2)
     cluster.free(*cluster.prefill, *cluster.decode)
 
