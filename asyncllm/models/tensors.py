@@ -272,12 +272,6 @@ class BlockScaled:
         self._values, self._scales, self._block = values, scales, block
         self.shape = values.shape
 
-    @property
-    def scale_shape(self) -> tuple[int, ...]:
-        """The shape that the scales must have."""
-        *first, rows, columns = self.shape
-        return (*first, -(-rows // self._block[0]), -(-columns // self._block[1]))
-
     def read(self, index: Index, device: torch.device) -> Tensor:
         made = self._values.read(index, device).to(device).float()
         blocks = [
