@@ -56,6 +56,7 @@ NAMES = [
     "512 x (700 + 300)",
 ]
 MORE = [*NAMES, "32 x (1024 + 200)", "4 x (2048 + 200)", "nothing shared, 256 x 1200"]
+LARGE = {"256 x (1536 + 576)": alike(256, 1536, 576), "512 x (1536 + 256)": alike(512, 1536, 256)}
 BESIDE = {f"{n} x {m} beside": beside(n, m) for n, m in ((4, 512), (8, 512), (8, 1100), (16, 256))}
 TUNED = NAMES[:3]
 # likeliest first: tile, warps, stages, programs per multiprocessor
@@ -205,9 +206,10 @@ def main() -> int:
         f"{'heads':7} {'shape':30}    plain   shared  ratio   alone   plan    saved foretold   copy "
         "products"
     )
-    shapes = {**{name: SHAPES[name] for name in MORE}, **BESIDE, "2 x 4000": alike(2, 4000, 100)}
+    few = {**{name: SHAPES[name] for name in NAMES[:3]}, **LARGE}
+    many = {**{name: SHAPES[name] for name in MORE}, **BESIDE, "2 x 4000": alike(2, 4000, 100)}
     for num_heads in args.heads:
-        wanted = shapes if num_heads == args.heads[0] else {n: SHAPES[n] for n in NAMES[:3]}
+        wanted = few | many if num_heads == args.heads[0] else few
         for name, shape in wanted.items():
             measure(name, shape, num_heads, top, args.quick, False)
             if name in NAMES[:2]:
