@@ -121,7 +121,8 @@ class ConstraintDone:
 
     rid: int
     verdict: Verdict
-    cpu_s: float = 0.0
+    cpu_s: float = 0.0  # for these tokens and the mask after them
+    ahead_s: float = 0.0  # CPU time for looking ahead behind them
     failure: Failure | None = None  # if it was refused
     num: int = 1  # tokens that the constraint accepted, if it was given several
 

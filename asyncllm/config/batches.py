@@ -89,7 +89,8 @@ class BatchOptions:
     constraint_time_limit: float = flag(
         5.0, check=above_zero, metavar="SECONDS",
         help="CPU time that a request's constraint may use in total (to compute which tokens the "
-        "grammar allows next); a request that exceeds it ends with an error",
+        "grammar allows next); a request that exceeds it ends with an error. Following a grammar "
+        "ahead for drafts does not count; it may take half as long besides",
     )  # fmt: skip
     tool_call_parser: str | None = flag(
         None, choices=tools.FORMATS,

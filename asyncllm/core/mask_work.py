@@ -20,6 +20,7 @@ from asyncllm.records import ConstraintDone, Failure
 STEP_S = 0.05  # CPU seconds for all constraints while the device is busy with one step
 BATCH_S = 0.005  # a thread returns after this long, with the rest left undone
 CHEAP_S = 0.002  # a step may wait for masks that usually take less than this
+AHEAD_SHARE = 0.5  # of a request's time limit; it may look ahead for as long besides
 
 
 class Job(NamedTuple):
@@ -40,7 +41,7 @@ def work(jobs: Sequence[Job], clock: Callable[[], float] = thread_time) -> list[
         if before - begun >= BATCH_S:
             done.append(ConstraintDone(rid, Verdict.UNDONE))
             continue
-        verdict, num, failure = Verdict.GOES_ON, 0, None
+        verdict, num, failure, ahead_s = Verdict.GOES_ON, 0, None, 0.0
         try:
             for token in tokens:
                 if num and clock() - begun >= BATCH_S:
@@ -52,13 +53,15 @@ def work(jobs: Sequence[Job], clock: Callable[[], float] = thread_time) -> list[
                     verdict = Verdict.WHOLE
                 num += 1
             if ahead and num == len(tokens) and verdict is Verdict.GOES_ON:
+                accepted = clock()
                 constraint.look_ahead(guess, ahead)
+                ahead_s = clock() - accepted
         except ResampleToken:
             verdict = Verdict.AGAIN
         except RequestError as error:
             verdict, failure = Verdict.REFUSED, Failure.of(error)
         now = clock()
-        done.append(ConstraintDone(rid, verdict, now - before, failure, num))
+        done.append(ConstraintDone(rid, verdict, now - before - ahead_s, ahead_s, failure, num))
         before = now
     return done
 
@@ -71,7 +74,7 @@ class MaskWorkQueue:
     when all are expensive each gets its share.
 
     Attributes:
-        limit_s: CPU seconds that a request may use in all.
+        limit_s: CPU seconds that a request's own tokens may take; looking ahead does not count.
     """
 
     def __init__(self, limit_s: float = inf) -> None:
@@ -103,7 +106,8 @@ class MaskWorkQueue:
 
         Args:
             busy: the device is working on a step, so at most STEP_S are available.
-            ahead: tokens that each is to look ahead, until half of its time is used.
+            ahead: tokens that each is to look ahead, until AHEAD_SHARE of ``limit_s`` is used for
+                that.
         """
         jobs: list[Job] = []
         while self._heap and len(jobs) < most and (self._left > 0 or not busy):
@@ -111,19 +115,19 @@ class MaskWorkQueue:
             self._level = max(self._level, level)
             if req.todo:  # else it has ended in the meantime
                 assert req.constraint is not None
-                # drafts must not use up the time that the request's own masks need
-                num = ahead if req.worked_s < self.limit_s / 2 else 0
+                num = ahead if req.looked_s < AHEAD_SHARE * self.limit_s else 0
                 jobs.append(Job(req.rid, req.constraint, req.next_todo(), num, req.guess(num)))
         self._working += len(jobs)
         return jobs
 
-    def spent(self, req: Request | None, cpu_s: float) -> None:
+    def spent(self, req: Request | None, cpu_s: float, ahead_s: float = 0.0) -> None:
         """A thread has returned from ``req``; None: it has ended in the meantime."""
         self._working -= 1
-        self._left -= cpu_s
+        self._left -= cpu_s + ahead_s
         if req is not None:
-            req.level += cpu_s
+            req.level += cpu_s + ahead_s
             req.worked_s += cpu_s
+            req.looked_s += ahead_s
 
     def step_over(self) -> None:
         """The device has finished a step."""

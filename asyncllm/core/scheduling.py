@@ -250,13 +250,14 @@ class SchedulerCore(DraftScheduler):
     def masks_come(self) -> bool:
         """Whether running requests wait for masks that are quick to compute."""
         return not self._line.idle and any(
-            req.todo and req.worked_s < CHEAP_S * len(req.outputs) for req in self.running.values()
+            req.todo and req.worked_s + req.looked_s < CHEAP_S * len(req.outputs)
+            for req in self.running.values()
         )
 
     def worked(self, done: ConstraintDone) -> list[Emitted]:
         """Take in a thread's results; returns the tokens that have now been accepted."""
         req = self.requests.get(done.rid)
-        self._line.spent(req, done.cpu_s)
+        self._line.spent(req, done.cpu_s, done.ahead_s)
         out: list[Emitted] = []
         if req is None:
             return out

@@ -67,7 +67,8 @@ class Request:
     # queued for a thread or with one. (None, None, 0): it has not been started; (token, None, 0):
     # an output that the request came with
     todo: deque[tuple[int | None, Step | None, int]] = field(default_factory=deque)
-    worked_s: float = 0.0  # CPU time that threads spent on the constraint
+    worked_s: float = 0.0  # CPU time that threads spent on the masks of its own tokens
+    looked_s: float = 0.0  # and on looking ahead
     level: float = -1.0  # see mask_work.MaskWorkQueue
     leaves_at: int = MAX_COUNT  # number of outputs after which it continues elsewhere
     until: int = 0  # number of outputs after which it ends here

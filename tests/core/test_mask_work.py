@@ -8,7 +8,7 @@ from itertools import accumulate, count
 
 import pytest
 
-from asyncllm.constrain.protocol import Constraint, ResampleToken, Verdict
+from asyncllm.constrain.protocol import Constraint, Path, ResampleToken, Verdict
 from asyncllm.core import mask_work
 from asyncllm.core.mask_work import Job, MaskWorkQueue
 from asyncllm.core.request import FinishReason, SamplingParams
@@ -236,15 +236,52 @@ def test_newcomers_do_not_overtake_and_costly_ones_share() -> None:
     assert all(148 <= count[rid] <= 152 for rid in (0, 1)), count
 
 
-def test_looking_ahead_leaves_half_of_the_time_to_the_masks() -> None:
-    line, req = MaskWorkQueue(1.0), waiting(0)
+def test_looking_ahead_has_a_budget_of_its_own() -> None:
+    line, req, other = MaskWorkQueue(1.0), waiting(0), waiting(1)
     seen = []
-    for _ in range(3):
+    for _ in range(4):
         line.add(req)
         (job,) = line.take(1, False, 8)
         seen.append(job.ahead)
-        line.spent(req, 0.3)
-    assert seen == [8, 8, 0]
+        line.spent(req, 0.1, 0.2)
+    assert seen == [8, 8, 8, 0]
+    assert [round(used, 6) for used in (req.worked_s, req.looked_s)] == [0.4, 0.8]
+    other.level = 1.0
+    line.add(req)
+    line.add(other)
+    assert rids(line.take(1, False)) == [1], "what it has looked ahead counts for its turn"
+
+
+class Watched(Slow):
+    """Takes so many ticks of a clock for a token, and for looking ahead."""
+
+    def __init__(self, ticks: Iterator[float], own: int, ahead: int) -> None:
+        super().__init__()
+        self.ticks, self.own, self.ahead = ticks, own, ahead
+
+    def accept(self, token: int) -> bool:
+        for _ in range(self.own):
+            next(self.ticks)
+        return super().accept(token)
+
+    def look_ahead(self, guess: Path, most: int) -> None:
+        for _ in range(self.ahead):
+            next(self.ticks)
+
+
+@pytest.mark.parametrize(("own", "ahead", "ends"), [(1, 50, False), (50, 1, True)])
+def test_a_request_is_only_charged_for_its_own_tokens(own: int, ahead: int, ends: bool) -> None:
+    ticks: Iterator[float] = count(0.0, 0.001)
+    core = make(constraint_s=0.1)
+    core.add(1, array("i", [1]), SamplingParams(max_new_tokens=20), Watched(ticks, own, ahead))
+    for _ in range(6):
+        for job in core.jobs(9, False):
+            (done,) = mask_work.work([job._replace(ahead=8)], ticks.__next__)
+            core.worked(done)
+        if not core.requests:
+            break
+        core.commit(step(core), array("i", [7]))
+    assert [end.reason for end in core.ended] == [FinishReason.ERROR] * ends
 
 
 def test_while_the_device_is_busy_all_together_have_so_much_a_step() -> None:
