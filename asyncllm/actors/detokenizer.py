@@ -325,7 +325,7 @@ class _Stream:
             num_tokens=self.stopped_at,
             stop=found,
             drafted=finished.drafted,
-            accepted=finished.accepted,
+            accepted=min(finished.accepted, self.stopped_at),  # it may have ended further on
         )
 
     def _before_stop(self, piece: str, token: int = -1) -> str:

@@ -323,6 +323,9 @@ class Matcher:
                 break
             ahead.add(token, chance, mask, forced)
         if ahead.path.tokens:
+            ahead.path.num_predicted = min(
+                guess.num_predicted, likely.num_guessed, len(ahead.path.tokens)
+            )
             self._ahead = ahead
 
     @property
@@ -401,7 +404,8 @@ class _Ahead:
             return path
         before = path.chances[num - 1]
         chances = [chance / before for chance in path.chances[num:]]
-        return Path(path.tokens[num:], chances, path.masks[num:])
+        predicted = max(path.num_predicted - num, 0)
+        return Path(path.tokens[num:], chances, path.masks[num:], predicted)
 
     def here(self) -> LLMatcher:
         """After the tokens that have come."""
@@ -418,11 +422,14 @@ class _Likely:
 
     Args:
         rate: how often forced text is spelled as by the tokenizer.
+
+    Attributes:
+        num_guessed: how many tokens were the guessed ones: the first.
     """
 
     def __init__(self, guess: Path, spelling: Spelling, rate: float) -> None:
         self._guess, self._spelling, self._rate = guess, spelling, rate
-        self._at, self._chance = 0, 1.0
+        self.num_guessed, self._chance = 0, 1.0
         self._text = b""  # forced
         self._spelled: list[int] = []  # tokens of it
 
@@ -431,11 +438,11 @@ class _Likely:
         forced; None: not known."""
         if not self._text:
             self._text, self._spelled = matcher.compute_ff_bytes(), []
-        guess, at, rate = self._guess, self._at, 0.0
+        guess, at, rate = self._guess, self.num_guessed, 0.0
         if at < len(guess.tokens) and passes(mask, guess.tokens[at]):
             token, chance = guess.tokens[at], guess.chances[at]
             rate = chance / self._chance if chance else 0.0  # what never came fades to 0
-            self._at, self._chance = at + 1, chance
+            self.num_guessed, self._chance = at + 1, chance
         else:
             self._guess = NO_PATH
             self._spelled = self._spelled or self._spelling.of(self._text)[:]

@@ -32,11 +32,14 @@ class Path:
         tokens: each allowed after those before it.
         chances: for each n, the probability that the first n of them come.
         masks: what may follow each; empty: not known.
+        num_predicted: how many of the first tokens are here because the request's prediction has
+            them.
     """
 
     tokens: list[int] = field(default_factory=list)
     chances: list[float] = field(default_factory=list)
     masks: list[bytes] = field(default_factory=list)
+    num_predicted: int = 0
 
 
 NO_PATH = Path()

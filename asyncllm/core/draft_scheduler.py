@@ -78,8 +78,11 @@ class DraftScheduler(RequestLifecycle):
         assert req.lookup is not None
         if req.constraint is not None and (path := req.constraint.path).tokens:
             lane.drafts, lane.masks = path.tokens[:num], path.masks[:num]
+            num_predicted = path.num_predicted
         else:
             lane.drafts = req.lookup.guess(num)
+            num_predicted = num if req.lookup.is_predicted else 0
+        lane.num_counted = num_predicted if req.prediction else num
 
     def _chances(self, req: Request, lane: Lane, most: int) -> list[float]:
         """Acceptance probabilities of the drafts after the request's next row."""
@@ -131,7 +134,7 @@ class DraftScheduler(RequestLifecycle):
             return NO_TOKEN
         step.drafts.add(len(step.plan.tokens))
         step.num_unmasked += not lane.masks
-        if req.lookup.counts:
+        if at < lane.num_counted:
             step.counted.add(len(step.plan.tokens))
             req.drafted += 1
         return lane.drafts[at]
@@ -155,6 +158,7 @@ class DraftScheduler(RequestLifecycle):
             right = right and tokens[i - 1] == step.plan.tokens[i]
             if not right:
                 kept[i] = NO_TOKEN
+                step.counted.discard(i)
                 lane.planned -= 1
                 wrong[lane.number] = lane, wrong.get(lane.number, (lane, 0))[1] + 1
         assert self.speculation is not None

@@ -123,9 +123,9 @@ class NgramLookup:
         return self._place >= 0
 
     @property
-    def counts(self) -> bool:
-        """Whether the guess is from the predicted text, if there is one."""
-        return not self._first or self._place < self._first
+    def is_predicted(self) -> bool:
+        """Whether the guess is from the predicted text."""
+        return 0 <= self._place < self._first
 
     def chances(self, most: int, ahead: int = 0) -> list[float]:
         """Probabilities that the next guess is right, the next two, and so on, up to ``most``.

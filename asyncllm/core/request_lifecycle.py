@@ -152,7 +152,8 @@ class RequestLifecycle:
         """Count an accepted token, which may be the last."""
         req.outputs.append(token)
         if req.lookup is not None:
-            req.accepted += row in emitted.step.counted
+            if row + 1 in emitted.step.counted:  # it is the draft that the next row begins with
+                req.accepted_at.append(len(req.outputs))
             if req.constraint is None:  # else it was added when it was sampled
                 req.lookup.push(token)
         if req.constraint is not None and isinstance(req.constraint, Healing):
@@ -314,7 +315,7 @@ class RequestLifecycle:
                 cached_len=max(req.cached_len, 0),
                 num_tokens=num,
                 drafted=req.drafted,
-                accepted=req.accepted,
+                accepted=req.num_accepted(num),
             )
         )
 

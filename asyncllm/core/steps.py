@@ -12,6 +12,7 @@ A request's life on the device is a :class:`Lane`. Its tokens, left to right:
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,7 @@ class Lane:
     leaves: array[int] = field(default_factory=lambda: array(INT32))  # when over: for the cache
     drafts: Sequence[int] = ()  # of the open proposal
     masks: Sequence[bytes] = ()  # what may follow each, if it has a mask of its own
+    num_counted: int = 0  # how many of the first drafts are for the request's own figures
     # for K/V transfers, see core.transfer_tracker
     imports: bool = False  # its slots are filled by transfers
     imported: array[int] = field(default_factory=lambda: array(INT32))  # not in any step yet
@@ -82,7 +84,9 @@ class Request:
     lookup: NgramLookup | None = None  # over prompt and outputs, if tokens are guessed
     prediction: array[int] = field(default_factory=lambda: array(INT32))  # as in Submit
     drafted: int = 0  # draft tokens tried; of the prediction only, if there is one
-    accepted: int = 0  # those that were right
+    # those that were right: for each, the number of outputs up to it
+    accepted_at: array[int] = field(default_factory=lambda: array(INT32))
+    num_uncounted: int = 0  # outputs that only repeat the prompt's text
 
     @classmethod
     def of(
@@ -127,6 +131,7 @@ class Request:
     def grow(self, num: int) -> None:
         """Raise the output limit: this many outputs do not count."""
         self.max_new += num
+        self.num_uncounted += num
         self.until = min(self.max_new, self.leaves_at)
         self.final_len = len(self.prompt) + max(self.until - 1, 0)
 
@@ -140,7 +145,12 @@ class Request:
         if not num or self.lookup is None or not self.lookup.guesses:
             return NO_PATH
         chances = self.lookup.chances(num)
-        return Path([*self.lookup.guess(len(chances))], chances)
+        num_predicted = len(chances) if self.lookup.is_predicted else 0
+        return Path([*self.lookup.guess(len(chances))], chances, num_predicted=num_predicted)
+
+    def num_accepted(self, num_tokens: int) -> int:
+        """How many of the first ``num_tokens`` outputs that count were drafts."""
+        return bisect_right(self.accepted_at, num_tokens + self.num_uncounted)
 
     @property
     def launched(self) -> bool:
@@ -173,7 +183,8 @@ class Step:
     # rows whose input is a draft: a draft is right if the previous row, of the same lane, yields
     # that token and is itself right
     drafts: set[int] = field(default_factory=set)
-    counted: set[int] = field(default_factory=set)  # of these: for the request's own figures
+    # of these: for the request's own figures; once the results are there, only right ones
+    counted: set[int] = field(default_factory=set)
     num_unmasked: int = 0  # without a mask of their own
     launched_at: float = 0.0  # for the shell: seconds
 

@@ -112,20 +112,23 @@ class FakeConstraint(Constraint):
         self.state = chain(self.state, token)
         right = self._path.tokens[:1] == [token]
         path = self._path if right else Path()
-        self._path = Path(path.tokens[1:], path.chances[1:], path.masks[1:])
+        predicted = max(path.num_predicted - 1, 0)
+        self._path = Path(path.tokens[1:], path.chances[1:], path.masks[1:], predicted)
         return self.state % 13 == 0
 
     def look_ahead(self, guess: Path, most: int) -> None:
         """Follow what is guessed as far as it is allowed, then anything."""
-        state, path = self.state, Path()
+        state, path, agrees = self.state, Path(), True
         while len(path.tokens) < most and state % 41 != 5:
             allowed = self.allowed(state, self.vocab)
             guessed = guess.tokens[len(path.tokens) : len(path.tokens) + 1]
-            token = guessed[0] if allowed.issuperset(guessed) and guessed else min(allowed)
+            agrees = agrees and bool(guessed) and allowed.issuperset(guessed)
+            token = guessed[0] if agrees else min(allowed)
             state = chain(state, token)
             if state % 13 == 0:
                 break
             path.tokens.append(token)
+            path.num_predicted += agrees and len(path.tokens) <= guess.num_predicted
             path.chances.append(0.8 ** len(path.tokens))
             path.masks.append(self.bits(state, self.vocab))
         self._path = path

@@ -248,9 +248,11 @@ def test_stop_string_over_tokens_is_cut_and_told_once(text: ModelTokenizer) -> N
 
 def test_stop_string_found_with_the_end_needs_no_stop_hit(text: ModelTokenizer) -> None:
     ids = list(text.encode("aXb", False))
-    front, sched = play(text, [[follow(1, "X"), tokens([1] * 3, ids), done(1, 3)]], finished=1)
+    end = Finished(1, FinishReason.LENGTH, num_tokens=3, drafted=4, accepted=3)
+    front, sched = play(text, [[follow(1, "X"), tokens([1] * 3, ids), end]], finished=1)
     assert said(front, 1) == "a"
     assert (front[-1].reason, front[-1].num_tokens) == (FinishReason.STOP, 2)
+    assert (front[-1].drafted, front[-1].accepted) == (4, 2)
     assert sched == []
 
 

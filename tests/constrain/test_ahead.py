@@ -61,8 +61,9 @@ def begin(grammars: GrammarEngine) -> Matcher:
     return matcher
 
 
-def guess(tokens: Sequence[int], rate: float = 0.9) -> Likely:
-    return Likely(list(tokens), [rate ** (i + 1) for i in range(len(tokens))])
+def guess(tokens: Sequence[int], rate: float = 0.9, predicted: int = 0) -> Likely:
+    chances = [rate ** (i + 1) for i in range(len(tokens))]
+    return Likely(list(tokens), chances, num_predicted=predicted)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -131,6 +132,22 @@ def test_a_guess_is_followed_up_to_the_first_token_that_is_not_allowed(
         whole.accept(token)
     whole.look_ahead(guess(tokens[-1:]), 8)
     assert whole.path.tokens == [], "nothing comes after the last token"
+
+
+@pytest.mark.parametrize(("right", "predicted"), [(2, 2), (2, 0), (8, 8)])
+def test_a_path_knows_how_much_of_it_was_predicted(
+    grammars: GrammarEngine, text: ModelTokenizer, right: int, predicted: int
+) -> None:
+    matcher = begin(grammars)
+    names = list(text.encode('{"first_name": "', False))
+    tokens = [*names[:right], *([5] * (8 - right))]
+    matcher.look_ahead(guess(tokens[: len(names)], predicted=min(predicted, len(names))), 8)
+    assert matcher.path.tokens == names, "the rest is forced"
+    for left in range(min(predicted, len(names)), -1, -1):
+        assert matcher.path.num_predicted == left
+        matcher.accept(
+            matcher.path.tokens[0] if matcher.path.tokens else text.encode("A", False)[0]
+        )
 
 
 def test_what_is_forced_is_followed_along_a_guess_without_any_chance(

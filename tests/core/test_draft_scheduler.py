@@ -104,6 +104,46 @@ def test_of_a_request_that_predicts_only_its_prediction_is_counted() -> None:
     assert (end.accepted, end.drafted) == (0, 0)
 
 
+def test_what_a_grammar_forces_is_not_counted_as_predicted() -> None:
+    def ask(prediction: list[int]) -> tuple[list[int], int, Finished]:
+        world = World(vocab=5, drafts=8, num_slots=400)
+        grammar = fake_grammar([3, 1])
+        world.submit(1, [3, 1], max_new_tokens=40, grammar=grammar, prediction=prediction)
+        world.run()
+        world.check_end()
+        return world.tokens[1], sum(map(drafts, world.device.plans)), world.finished[1]
+
+    whole, tried, end = ask([])
+    assert tried == end.drafted > end.accepted > 0
+    _, tried, end = ask([9, 8, 7] * 20)
+    assert tried > 0
+    assert (end.drafted, end.accepted) == (0, 0), "no such token has come"
+    half = len(whole) // 2
+    tokens, tried, end = ask(whole[:half])
+    assert tokens == whole
+    assert tried > end.drafted == end.accepted > 0, "only the first half is predicted"
+    assert end.accepted <= half
+
+
+def test_drafts_behind_a_stop_string_are_not_among_the_accepted() -> None:
+    plain = World(vocab=5000, drafts=0, num_slots=200)
+    plain.submit(1, [5, 6], max_new_tokens=40)
+    plain.run()
+    world = World(vocab=5000, drafts=8, num_slots=200)
+    world.submit(1, [5, 6], max_new_tokens=40, prediction=plain.tokens[1])
+    world.stop_after[1] = 13
+    world.run()
+    world.check_end()
+    end, before, tried = world.finished[1], 0, 0
+    for plan in world.device.plans:
+        rows = zip(plan.starts, plan.counts, plan.lanes, [-1, *plan.lanes], strict=False)
+        positions = [start - 2 for start, count, lane, last in rows if count == 1 and lane == last]
+        tried += len(positions)
+        before += sum(at < 13 for at in positions)
+    assert (end.num_tokens, end.drafted, end.accepted) == (13, tried, before)
+    assert before < tried
+
+
 def test_guesses_under_grammars_do_not_hold_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """The step behind one that has them is planned while it runs."""
     monkeypatch.setattr(NgramLookup, "guesses", False)

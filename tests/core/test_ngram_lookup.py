@@ -36,11 +36,11 @@ def test_a_copy_is_followed_from_its_second_token_on() -> None:
 
 def test_a_predicted_text_is_followed_from_its_first_token_to_its_last() -> None:
     lookup = read([1, 2, 3], COPIED)
-    assert lookup.counts
+    assert lookup.is_predicted
     assert right(lookup, COPIED[:-2]) == len(COPIED) - 2
     assert (len(lookup.chances(8)), list(lookup.guess(2))) == (2, COPIED[-2:])
     assert right(lookup, [*COPIED[-2:], 2, 1]) == 2
-    assert not lookup.guesses
+    assert (lookup.guesses, lookup.is_predicted) == (False, False)
 
 
 def test_a_predicted_text_is_found_again_after_what_differs() -> None:
@@ -52,7 +52,7 @@ def test_a_predicted_text_is_found_again_after_what_differs() -> None:
     assert right(lookup, [*thought, *COPIED]) == len(COPIED) - GRAM
     lookup = read([*thought, 1], COPIED)
     right(lookup, [5, 6, *thought[:20]])
-    assert (lookup.counts, lookup.guesses) == (False, True)
+    assert (lookup.is_predicted, lookup.guesses) == (False, True)
 
 
 def test_a_predicted_text_needs_no_reading() -> None:
