@@ -83,16 +83,13 @@ class Speculation:
 
         Args:
             chances: per request: probability that the first n drafts are all right, for each n.
-            room: maximum drafts in all.
+            room: maximum drafts in all; there may be none, or slots may even be lacking (< 0).
             waits: whether steps wait for some of them.
         """
         least = self._best(chances, num_rows, room, waits=waits)
         taken = []
         for row in chances:
-            num = 0
-            if least > 0:
-                num = sum(chance >= least for chance in row)
-            num = min(num, room)
+            num = min(sum(chance >= least for chance in row), room) if least else 0
             room -= num
             taken.append(num)
         return taken

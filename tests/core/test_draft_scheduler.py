@@ -164,8 +164,11 @@ def test_guesses_under_grammars_do_not_hold_up_others(monkeypatch: pytest.Monkey
     assert world.core.speculation.trying == 0
 
 
-def test_a_draft_that_finds_no_slot_is_left_out_and_preempts_nobody() -> None:
-    world = World(vocab=2, drafts=8, num_slots=60, headroom=0)
+@pytest.mark.parametrize(("num_slots", "headroom"), [(60, 0), (62, 8)])
+def test_a_draft_that_finds_no_slot_is_left_out_and_preempts_nobody(
+    num_slots: int, headroom: int
+) -> None:
+    world = World(vocab=2, drafts=8, num_slots=num_slots, headroom=headroom)
     world.submit(1, [0, 1] * 12, max_new_tokens=36)
     world.run()
     world.check_end()
