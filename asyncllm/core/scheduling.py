@@ -106,8 +106,10 @@ class SchedulerCore(DraftScheduler):
                 lane.inflight += 1
                 budget -= 1
         if speculation is not None and rows:
-            spare = self.available - len(rows) - self.headroom * len(self.running)
-            rows = self._draft(speculation, rows, min(budget, spare))
+            spare = self.available - self.headroom * len(self.running)
+            if self.window is not None:
+                spare = min(spare, self.sliding_available)
+            rows = self._draft(speculation, rows, min(budget, spare - len(rows)))
             budget = self.batch_max_tokens - len(rows)
         if rows:
             # a decode waits for one chunk at most

@@ -22,13 +22,15 @@ class SlidingSlots:
 
     Those before the lane's ``shared`` belong to the tree, whose nodes are kept from token ``kept``
     on, except for spans in ``own``, for which the tree has other slots. Those and all later ones
-    are the lane's own.
+    are the lane's own. The last ``drafts`` are those of draft tokens, until the lane's next row:
+    if they are wrong, its next token is one of them, and sees further back.
     """
 
     first: int = 0
     slots: array[int] = field(default_factory=lambda: array("i"))
     kept: int = 0
     own: list[tuple[int, int]] = field(default_factory=list)
+    drafts: int = 0
 
 
 class WindowLedger(Ledger):
@@ -86,11 +88,13 @@ class WindowLedger(Ledger):
         counts: array[int],
         opened: dict[int, tuple[array[int], bool]],
     ) -> SlotsGranted:
-        most = self._window.reach + self._window.grain
+        most, going_on = self._window.reach + self._window.grain, set(lanes)
         for lane, view in self.views.items():
             held = self.lanes[lane]
-            if len(held.slots) - view.first >= most:
-                self._go_on(held, view)
+            if lane in going_on:
+                view.drafts = 0
+            if (end := len(held.slots) - view.drafts) - view.first >= most:
+                self._go_on(held, view, end)
         self._column = array("i")
         granted = super().reserve(lanes, counts, opened)
         return replace(granted, sliding=self._column, sliding_available=self.sliding_available)
@@ -101,9 +105,9 @@ class WindowLedger(Ledger):
         self.sliding.give(slots[-num:])
         del slots[-num:]
 
-    def _go_on(self, held: LaneSlots, view: SlidingSlots) -> None:
-        """Free slots that no future token sees."""
-        begin = len(held.slots) - self._window.reach
+    def _go_on(self, held: LaneSlots, view: SlidingSlots, end: int) -> None:
+        """Free slots that no token from ``end`` on sees."""
+        begin = end - self._window.reach
         if held.node is not None:
             view.kept = self._tree.leave(held.node, held.shared, view.kept, begin)
         self._give(held, view, begin)
@@ -131,8 +135,12 @@ class WindowLedger(Ledger):
     def _take_singles(self, lanes: array[int]) -> array[int]:
         out = super()._take_singles(lanes)
         sliding = self._take_sliding(len(lanes))
+        before = -1
         for lane, slot in zip(lanes, sliding, strict=True):
-            self.views[lane].slots.append(slot)
+            view = self.views[lane]
+            view.slots.append(slot)
+            view.drafts += lane == before
+            before = lane
         self._column.extend(sliding)
         return out
 

@@ -188,6 +188,20 @@ def test_a_row_that_does_not_fit_leaves_everything_as_it_was() -> None:
     assert usable(lanes.ledger, [*range(20), 0]) == 20
 
 
+def test_what_is_seen_after_wrong_drafts_stays_while_others_go_on() -> None:
+    """Others are planned while drafts with masks of their own run, which may all be wrong."""
+    lanes, ledger = (made := Lanes(8, 400, 60)), made.ledger
+    for lane in (1, 2):
+        lanes.run(lane, range(100 * lane, 100 * lane + 40))
+    lanes.step([(1, 1)] * 7)  # 6 drafts
+    lanes.step([(2, 1)])
+    assert ledger.views[1].first == 41 - 7, "the token at 41 sees 7 before it"
+    ledger.trim(1, 6)
+    for end in (41, 42):
+        lanes.step([(1, 1)])
+        assert ledger.views[1].first == end - 7
+
+
 def usable(ledger: WindowLedger, ids: list[int]) -> int:
     """The longest usable prefix, token by token."""
     node, there = ledger.tree.root, []
