@@ -91,11 +91,19 @@ class _Link(ABC):
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.peer, self.info, self.dialled = 0, PeerInfo(role="", name="", incarnation=""), ""
         self.heard = monotonic()
-        self.box = Outbox(self.put, loop, OUTBOX)
+        self.box = Outbox(self._put_queued, loop, OUTBOX)
 
     @abstractmethod
     def put(self, frame: bytes) -> None:
         """Hand a frame to the socket. Raises zmq.Again, or _LinkClosed."""
+
+    def _put_queued(self, frame: bytes) -> None:
+        """The same for the queue, which a timer of its own empties: the next heartbeat notices, and
+        ends, a link that is closed."""
+        try:
+            self.put(frame)
+        except _LinkClosed:
+            raise zmq.Again from None
 
     def close(self) -> None:
         """Stop sending and receiving."""
@@ -436,8 +444,6 @@ class Channel:
             self._pump_soon()
         except OutboxFull as error:
             self._end(link, f"it does not read: {error}", PeerGoodbye("does not read", False))
-        except _LinkClosed as error:
-            self._end(link, str(error), None)
 
     def _end(self, link: _Link, why: str, bye: PeerGoodbye | None, refused: str = "") -> None:
         """End a connection, and the peer on it, if there was one."""

@@ -435,6 +435,25 @@ def test_a_peer_that_does_not_read_is_dropped_and_blocks_nobody(
     run(go())
 
 
+def test_a_peer_that_is_killed_while_frames_wait_for_it_is_missed_and_nothing_else_happens() -> (
+    None
+):
+    async def go() -> None:
+        one = hub()
+        async with running(one):
+            raw = Raw(one.channel.port)
+            await raw.greet(an_info("decode"))
+            peer = one.peer
+            while not one.channel.waiting(peer):
+                one.channel.send(peer, "owner", False, bytes(100_000))
+            raw.close()
+            await until(lambda: one.owner.left)
+            assert not one.system.over
+            assert one.owner.left[0].why == "its connection is closed"
+
+    run(go())
+
+
 def test_an_actor_that_is_overrun_costs_only_the_peer() -> None:
     async def go() -> None:
         one = hub()
