@@ -109,11 +109,10 @@ def _experts_eight_bits_kernel(
     expert; with GATED the matrix is [gate | up], and the row is activation(gate) * up. K, STEP and
     ``x_row`` count pairs of neighbours where WIDE."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    block, expert, tile = work_of(experts_ptr, num_blocks, TILES, GROUP)
+    expert, tile, pair, used = work_of(
+        pairs_ptr, experts_ptr, num_pairs, num_blocks, N, BLOCK_M, BLOCK_N, GROUP
+    )
     if expert >= 0:
-        pair = tl.load(pairs_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
-        used = pair < num_pairs
         row = pair // PAIRS_PER_ROW
         k = tl.arange(0, STEP)
         x_at = x_ptr + row.to(tl.int64)[None, :] * x_row + k[:, None]

@@ -69,11 +69,10 @@ def _product_kernel(
 ):
     """Row p of ``out`` [num_pairs, N] is row p // PAIRS_PER_ROW of ``x`` times the matrix of p's
     expert; with GATED the matrix is [gate | up], and the row is activation(gate) * up."""
-    TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    block, expert, tile = work_of(experts_ptr, num_blocks, TILES, GROUP)
+    expert, tile, pair, used = work_of(
+        pairs_ptr, experts_ptr, num_pairs, num_blocks, N, BLOCK_M, BLOCK_N, GROUP
+    )
     if expert >= 0:
-        pair = tl.load(pairs_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
-        used = pair < num_pairs
         k = tl.arange(0, BLOCK_K)
         row = (pair // PAIRS_PER_ROW).to(tl.int64)
         x_at = x_ptr + row[:, None] * x_row + k[None, :]

@@ -42,14 +42,26 @@ class ExpertsConfig:
 
 
 @triton.jit
-def work_of(experts_ptr, num_blocks, TILES: tl.constexpr, GROUP: tl.constexpr):
-    """(block of pairs, its expert or -1, tile of outputs) of this program, of TILES for each block:
-    GROUP neighbouring blocks, often of one expert, share a tile of weights."""
+def work_of(
+    pairs_ptr,
+    experts_ptr,
+    num_pairs,
+    num_blocks,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """(expert or -1, tile of N outputs, pairs of the block, which of these there are) of this
+    program, of as many for each block as there are tiles: GROUP neighbouring blocks, often of one
+    expert, share a tile of weights."""
+    TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     run = tl.program_id(0) // (TILES * GROUP)
     height = tl.minimum(num_blocks - run * GROUP, GROUP)
     within = tl.program_id(0) % (TILES * GROUP)
     block = run * GROUP + within % height
-    return block, tl.load(experts_ptr + block), within // height
+    pair = tl.load(pairs_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    return tl.load(experts_ptr + block), within // height, pair, pair < num_pairs
 
 
 def size_class(num_pairs: int, num_experts: int, inner: int, device: torch.device) -> str:
