@@ -139,6 +139,8 @@ class CudaDevice:
         self.engine = engine
         self._device = engine.device
         self._stream = torch.cuda.Stream(self._device)
+        # what zeroes tables, K/V and parameters has been queued on another one
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self._last: StepSpan | None = None
 
     def launch(self, plan: StepPlan) -> CudaPending:

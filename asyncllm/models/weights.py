@@ -5,8 +5,9 @@ Knows names and spans; knows neither models nor file formats.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -236,6 +237,7 @@ class _LoadJob:
     checkpoint: Checkpoint
     wanted: dict[str, list[AnyTarget]]
     form: StoredForm | None
+    counted: _Counted
 
 
 def load(
@@ -253,7 +255,8 @@ def load(
     keeps is copied.
 
     Args:
-        progress: told (bytes done, bytes in all) after each file.
+        progress: told (bytes done, bytes in all) after each tensor, as if those of a file were of
+            one size; by one thread at a time. What it raises ends the loading.
         form: how its quantised weights are stored. A plain target gets what they stand for. None:
             the checkpoint is not quantised.
 
@@ -270,13 +273,41 @@ def load(
     for name in sorted(wanted):
         groups[of[checkpoint.tensors[_main(checkpoint, name, form)].files[0]]].append(name)
     sizes = {files: sum(f.stat().st_size for f in files) for files in groups}
-    work, done = _LoadJob(checkpoint, wanted, form), 0
+    counted = _Counted(progress, sum(sizes.values()))
+    work = _LoadJob(checkpoint, wanted, form, counted)
     # pickles come from one process, and those that cannot be mapped are whole in its memory
     mapped = all(path.suffix == ".safetensors" for path in of)
     with ThreadPoolExecutor(num_threads if mapped else 1) as pool:
-        for files in pool.map(lambda files: _load_files(work, files, groups[files]), groups):
-            done += sizes[files]
-            progress(done, sum(sizes.values()))
+        parts = [
+            pool.submit(_load_files, work, files, groups[files], sizes[files]) for files in groups
+        ]
+        try:
+            for part in as_completed(parts):
+                part.result()
+        finally:
+            counted.ended = True  # where one has failed
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Counted:
+    """Passes on how much has been read.
+
+    Attributes:
+        ended: the loading has failed; whoever counts then is to read no further.
+    """
+
+    def __init__(self, progress: Callable[[int, int], None], total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+        self._lock = threading.Lock()
+        self.ended = False
+
+    def add(self, num_bytes: int) -> None:
+        """Raises CancelledError: it has ended; and what ``progress`` raises."""
+        if self.ended:
+            raise CancelledError
+        with self._lock:
+            self._done += num_bytes
+            self._progress(self._done, self._total)
 
 
 def _main(checkpoint: Checkpoint, name: str, form: StoredForm | None) -> str:
@@ -322,14 +353,16 @@ def _said(name: str) -> str:
     return (name if name.isprintable() else ascii(name))[:200]
 
 
-def _load_files(work: _LoadJob, files: tuple[Path, ...], names: list[str]) -> tuple[Path, ...]:
+def _load_files(work: _LoadJob, files: tuple[Path, ...], names: list[str], num_bytes: int) -> None:
+    share = num_bytes // max(1, len(names))
     with work.checkpoint.open() as opened:
         for name in names:
             label = f"{files[0]}: {name}"
             source = _source(work, opened, name, label)
             for target in work.wanted[name]:
                 _copy(label, source, target)
-    return files
+            work.counted.add(share)
+    work.counted.add(num_bytes - share * len(names))
 
 
 def _source(work: _LoadJob, opened: OpenFiles, name: str, label: str) -> TensorSource:

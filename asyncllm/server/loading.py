@@ -1,13 +1,22 @@
 """Loads what a process needs before its actors start: tokenizer, weights, KV, grammars.
 
-Knows no actors.
+Knows no actors. Work on a GPU during the start, by thread and stream:
+
+- the thread of :func:`load_endpoint`, on the GPU's default stream: parameters, K/V and tables are
+  allocated and zeroed. The stream of steps begins behind that (``CudaDevice``).
+- "weights" and its readers, on the default stream: copies, quantising, preparing products. The
+  thread waits for all of it before it ends.
+- "warm-up", at the same time, on the stream of steps: steps and the capture of graphs. What they
+  compute of weights that are not there yet is not used.
+- the first thread again, when both have ended, on the stream of steps: steps that are measured.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -49,7 +58,13 @@ from asyncllm.templates import TemplateSet
 from asyncllm.text import Mode, ModelTokenizer, load_tokenizer, with_controls
 from asyncllm.topology import KV_TRANSFER, MASTER, Topology
 
+STOP_S = 1.0  # for one side of the start to end when the other has failed
+
 logger = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """Weights are read no further, since the start has failed elsewhere."""
 
 
 @dataclass(slots=True)
@@ -154,8 +169,7 @@ def load_endpoint(
     if boot.me.device is None:
         return _load_requests(boot, spec, text)
     where = torch_device(boot)
-    if where.type == "cuda":
-        torch.cuda.set_device(where)  # this thread launches on our device
+    _use(where)
     ranks: Ranks | None = None
     with ThreadPoolExecutor(1, "requests") as thread:  # which mostly waits for a helper
         requests = thread.submit(_load_requests, boot, spec, text)
@@ -289,42 +303,34 @@ def _load_device(
     ahead: CompileHelper | None,
 ) -> tuple[CpuDevice | CudaDevice, StepTimes]:
     """Ready for steps; with the times of some."""
-    resolved = boot.resolved
     group = SingleRank() if ranks is None else ranks.group
     torch.set_num_threads(num_threads(boot))
-    load_way = boot.config.load_way
-    total = sum(f.stat().st_size for f in weight_files(Path(boot.model_dir), load_way))
+    files = weight_files(Path(boot.model_dir), boot.config.load_way)
+    total = sum(f.stat().st_size for f in files)
     bar = log.ProgressBar("load weights", total)
 
     stays, later = _stays(spec, plan, where), list[Callable[[], None]]()
+    failed = threading.Event()
+
+    def advance(done: int, _: int) -> None:
+        if failed.is_set():
+            raise Stopped
+        bar.advance(done - bar.done_bytes)
 
     def load(read: Callable[[], None]) -> None:
-        if where.type == "cuda":
-            torch.cuda.set_device(where)  # this thread launches on our device, too
+        _use(where)
         with log.phase("load weights"), bar:
             read()
+            if where.type == "cuda":
+                torch.cuda.current_stream(where).synchronize()
 
-    model = build_model(
-        Path(boot.model_dir),
-        spec,
-        group,
-        dtype=resolved.dtype,
-        device=where,
-        max_len=resolved.max_req_total_len,
-        load_way=load_way,
-        whole_experts=boot.config.enable_ep_moe,
-        kv=KvMode.named(resolved.kv_mode),
-        asked=quantisation.from_text(resolved.quant),
-        world=None if ranks is None else ranks.world,
-        symmetric=not boot.config.disable_symm_mem_allreduce
-        and share_memory(boot.topology, boot.me.group),
-        progress=lambda done, _: bar.advance(done - bar.done_bytes),
-        begin=later.append if stays else load,
-    )
+    begin = later.append if stays else load
+    model = _model_of(boot, spec, ranks, where, progress=advance, begin=begin)
     with log.phase("allocate KV"):
         device = make_device(engine_of(boot, model, group, plan.num), num_threads(boot))
-    with ThreadPoolExecutor(1, "weights") as thread:
-        reading = [thread.submit(load, read) for read in later]
+
+    def prepare() -> None:
+        _use(where)
         if ahead is not None:
             with log.phase("wait for kernels"):
                 ahead.wait()
@@ -332,11 +338,67 @@ def _load_device(
             ranks.minimum(0)  # no rank compiles what the helper is still compiling
         with log.phase("warm up"):
             warm(boot, device)
-        for read in reading:
-            read.result()
+
+    run_beside([partial(load, read) for read in later], prepare, failed)
     with log.phase("measure steps"):
         times = StepTimes([] if boot.topology.in_step else measure(device, *_longest(boot)))
     return device, times
+
+
+def _model_of(
+    boot: Boot,
+    spec: ModelSpec,
+    ranks: Ranks | None,
+    where: torch.device,
+    *,
+    progress: Callable[[int, int], None],
+    begin: Callable[[Callable[[], None]], object],
+) -> Model:
+    """The model of a rank; ``progress`` and ``begin`` as of :func:`build_model`."""
+    resolved = boot.resolved
+    return build_model(
+        Path(boot.model_dir),
+        spec,
+        SingleRank() if ranks is None else ranks.group,
+        dtype=resolved.dtype,
+        device=where,
+        max_len=resolved.max_req_total_len,
+        load_way=boot.config.load_way,
+        whole_experts=boot.config.enable_ep_moe,
+        kv=KvMode.named(resolved.kv_mode),
+        asked=quantisation.from_text(resolved.quant),
+        world=None if ranks is None else ranks.world,
+        symmetric=not boot.config.disable_symm_mem_allreduce
+        and share_memory(boot.topology, boot.me.group),
+        progress=progress,
+        begin=begin,
+    )
+
+
+def _use(where: torch.device) -> None:
+    """This thread launches on our device; others begin with the first one."""
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+
+
+def run_beside(
+    reading: Sequence[Callable[[], None]], warm_up: Callable[[], None], failed: threading.Event
+) -> None:
+    """Read weights and warm up at the same time, in a thread each.
+
+    The first error is raised as soon as there is one. Reading ends when ``failed`` is set; a
+    warm-up cannot be interrupted, and is left to end with the process.
+    """
+    names = [*["weights"] * len(reading), "warm-up"]
+    pools = [ThreadPoolExecutor(1, name) for name in names]
+    sides = [pool.submit(run) for pool, run in zip(pools, [*reading, warm_up], strict=True)]
+    for pool in pools:
+        pool.shutdown(wait=False)
+    ended, _ = wait(sides, return_when=FIRST_EXCEPTION)
+    failed.set()
+    wait(sides[:-1], STOP_S)  # their progress bar ends before the error is told
+    for side in ended:
+        side.result()
 
 
 def _stays(spec: ModelSpec, plan: MemoryPlan, where: torch.device) -> bool:

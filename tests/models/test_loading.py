@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
+from asyncllm.engine.build import build_model
+from asyncllm.engine.parallel import SingleRank
 from asyncllm.errors import StartupError
 from asyncllm.hub import check_model_dir
 from asyncllm.models import tensors
@@ -390,3 +392,39 @@ def test_another_output_matrix_is_told_once(tmp_path: Path) -> None:
 
 def make_tokenizer(folder: Path) -> None:
     Tokenizer(models.BPE({"a": 0}, [])).save(str(folder / "tokenizer.json"))
+
+
+def test_what_progress_raises_ends_the_reading_of_all_files(tmp_path: Path) -> None:
+    """This is how the rest of a start ends it."""
+    make_checkpoint(tmp_path)
+    names = [f"model-{i:05d}-of-00006.safetensors" for i in range(1, 7)]
+    split(tmp_path, *names)
+    told: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        told.append(done)
+        raise KeyError("enough")
+
+    spec = as_stored(ModelSpec.from_dir(tmp_path), read_checkpoint(tmp_path))
+    with pytest.raises(KeyError, match="enough"):
+        build_model(
+            tmp_path, spec, SingleRank(), dtype="fp32", device=torch.device("cpu"), max_len=64,
+            progress=progress,
+        )  # fmt: skip
+    assert 1 <= len(told) <= len(names)
+
+
+def test_progress_counts_every_tensor_and_reaches_the_end(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    names = ["a.safetensors", "b.safetensors"]
+    num = len(split(tmp_path, *names))
+    told: list[tuple[int, int]] = []
+    spec = as_stored(ModelSpec.from_dir(tmp_path), read_checkpoint(tmp_path))
+    build_model(
+        tmp_path, spec, SingleRank(), dtype="fp32", device=torch.device("cpu"), max_len=64,
+        progress=lambda done, total: told.append((done, total)),
+    )  # fmt: skip
+    total = sum((tmp_path / name).stat().st_size for name in names)
+    assert told[-1] == (total, total)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert len(told) == num + len(names)

@@ -1,4 +1,4 @@
-"""The thread that reads weights beside warm-up and capture."""
+"""Reading weights beside warm-up and capture: on which GPU, in which order, and what an error does."""
 
 from __future__ import annotations
 
@@ -11,18 +11,36 @@ import pytest
 import torch
 
 from asyncllm.core.windows import PerSpace
+from asyncllm.errors import StartupError
 from asyncllm.server import loading
 
+WAIT_S = 20.0  # for another thread; only what fails takes so long
+HERE = torch.device("cuda", 1)
 
-def test_weights_are_read_and_prepared_on_the_rank_s_own_gpu(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A thread begins on GPU 0, and Triton launches on the thread's."""
-    device_of = dict[int, torch.device]()
-    read_on = list[torch.device | None]()
+Read = Callable[[Callable[[int, int], None]], None]
+Start = Callable[[Read, Callable[[], None]], None]
 
-    def build(*_: object, begin: Callable[[Callable[[], None]], object], **__: object) -> None:
-        begin(lambda: read_on.append(device_of.get(threading.get_ident())))
+
+@pytest.fixture
+def said() -> list[str]:
+    """What has happened, in order."""
+    return []
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> Start:
+    """Loads a rank that reads and warms up by these functions, without a GPU."""
+    work: dict[str, Any] = {}
+
+    def build(
+        *_: object, begin: Callable[[Callable[[], None]], object],
+        progress: Callable[[int, int], None], **__: object,
+    ) -> None:  # fmt: skip
+        begin(lambda: work["read"](progress))
+
+    def measured(*_: object) -> list[Any]:
+        said.append("measured")
+        return []
 
     replaced: dict[str, Any] = {
         "build_model": build,
@@ -30,30 +48,86 @@ def test_weights_are_read_and_prepared_on_the_rank_s_own_gpu(
         "engine_of": lambda *_: None,
         "make_device": lambda *_: None,
         "num_threads": lambda _: torch.get_num_threads(),
-        "warm": lambda *_: None,
-        "measure": lambda *_: [],
+        "warm": lambda *_: work["warm"](),
+        "measure": measured,
         "_longest": lambda _: (1, 1),
         "share_memory": lambda *_: False,
+        "KvMode": SimpleNamespace(named=lambda _: None),
     }
     for name, value in replaced.items():
         monkeypatch.setattr(loading, name, value)
+    monkeypatch.setattr("asyncllm.config.quantisation.from_text", lambda _: None)
     monkeypatch.setattr(
-        torch.cuda, "set_device", lambda d: device_of.update({threading.get_ident(): d})
+        torch.cuda, "set_device", lambda d: said.append(f"{threading.current_thread().name} on {d}")
     )
-    where = torch.device("cuda", 1)
-    resolved = SimpleNamespace(dtype="bf16", max_req_total_len=8, kv_mode=("16", ""), quant="")
-    config = SimpleNamespace(load_way="HF", enable_ep_moe=False, disable_symm_mem_allreduce=False)
-    topology = SimpleNamespace(in_step=False)
+    stream = SimpleNamespace(synchronize=lambda: said.append("waited for copies"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
     boot: Any = SimpleNamespace(
-        resolved=resolved,
-        config=config,
-        topology=topology,
+        resolved=SimpleNamespace(dtype="bf16", max_req_total_len=8, kv_mode=("16", ""), quant=""),
+        config=SimpleNamespace(
+            load_way="HF", enable_ep_moe=False, disable_symm_mem_allreduce=False
+        ),
+        topology=SimpleNamespace(in_step=False),
         model_dir="",
         me=SimpleNamespace(group=0),
     )
     spec: Any = SimpleNamespace(has_experts=False)
     plan: Any = SimpleNamespace(linears=SimpleNamespace(served={}), num=PerSpace(1, 1))
-    monkeypatch.setattr(loading, "KvMode", SimpleNamespace(named=lambda _: None))
-    monkeypatch.setattr("asyncllm.config.quantisation.from_text", lambda _: None)
-    loading._load_device(boot, spec, None, where, plan, None)
-    assert read_on == [where]
+
+    def run(read: Read, warm: Callable[[], None]) -> None:
+        work.update(read=read, warm=warm)
+        loading._load_device(boot, spec, None, HERE, plan, None)
+
+    return run
+
+
+def test_all_of_it_runs_on_the_rank_s_own_gpu_and_is_over_before_steps_are_measured(
+    start: Start, said: list[str]
+) -> None:
+    """A thread begins on GPU 0, and Triton launches on the thread's."""
+    start(lambda _: said.append("read"), lambda: said.append("warm"))
+    assert {"weights_0 on cuda:1", "warm-up_0 on cuda:1"} <= set(said)
+    reading = [said.index(what) for what in ("weights_0 on cuda:1", "read", "waited for copies")]
+    assert reading == sorted(reading)
+    assert said.index("warm-up_0 on cuda:1") < said.index("warm")
+    assert said[-1] == "measured"
+
+
+def test_an_error_of_the_warm_up_ends_the_reading(start: Start, said: list[str]) -> None:
+    begun = threading.Event()
+
+    def read(progress: Callable[[int, int], None]) -> None:
+        try:
+            while True:
+                progress(1, 2)
+                begun.set()
+        finally:
+            said.append("stopped")
+
+    def warm() -> None:
+        assert begun.wait(WAIT_S)
+        raise ValueError("no such kernel")
+
+    with pytest.raises(ValueError, match="no such kernel"):
+        start(read, warm)
+    assert said[-1] == "stopped"
+    assert "measured" not in said
+
+
+def test_an_error_of_reading_is_told_while_the_warm_up_still_runs(
+    start: Start, said: list[str]
+) -> None:
+    told, ended = threading.Event(), threading.Event()
+
+    def read(_: object) -> None:
+        raise StartupError("model.safetensors cannot be read")
+
+    def warm() -> None:
+        said.append("told first" if told.wait(WAIT_S) else "told last")
+        ended.set()
+
+    with pytest.raises(StartupError, match="cannot be read"):
+        start(read, warm)
+    told.set()
+    assert ended.wait(WAIT_S)
+    assert said[-1] == "told first"
