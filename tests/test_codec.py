@@ -28,6 +28,7 @@ from asyncllm.messages import (
     Tokens,
 )
 from asyncllm.records import AnsweredRequest, Failure, Logprobs
+from tests.speed import quickest
 
 
 def test_round_trip_keeps_values_and_types() -> None:
@@ -203,3 +204,20 @@ def test_random_bytes_give_a_message_or_a_codec_error(frame: bytes) -> None:
     except CodecError:
         return
     assert type(msg).__module__ == "asyncllm.messages"
+
+
+@pytest.mark.parametrize("where", ["prompt", "outputs", "prediction"])
+def test_a_request_fits_if_its_tokens_are_in_the_vocabulary(where: str) -> None:
+    plain = Submit(1, i32([5]), SamplingParams(max_new_tokens=3))
+    for ids, fits in (([0, 9], True), ([], True), ([3, 10], False), ([-1, 3], False)):
+        if where == "prompt" and not ids:
+            continue
+        assert replace(plain, **{where: i32(ids)}).fits(10, 20) is fits
+    assert not replace(plain, **{where: i32([5] * 21)}).fits(10, 20)
+
+
+def test_a_long_request_is_checked_in_no_time() -> None:
+    """By the event loop of the process that gets it."""
+    ids = i32(range(1 << 18))
+    request = Submit(1, ids, SamplingParams(max_new_tokens=3), outputs=ids, prediction=ids)
+    assert quickest(lambda: request.fits(1 << 18, 1 << 20), 1e-3) < 1e-3

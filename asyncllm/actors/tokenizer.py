@@ -40,6 +40,7 @@ from asyncllm.messages import (
     Tokenize,
     TokensCounted,
 )
+from asyncllm.messages.checks import are_below
 from asyncllm.records import Failure, Overflow
 from asyncllm.text import ModelTokenizer
 
@@ -414,11 +415,11 @@ class Tokenizer(Actor[Inbox]):
 
     def _check_ids(self, ids: array[int], name: str) -> None:
         """Raises RequestError for a token id that the model has no row for."""
-        tokens = np.frombuffer(ids, np.int32)
-        bad = (tokens < 0) | (tokens >= self._vocab_size)
-        if bad.any():
+        if not are_below(self._vocab_size, ids):
+            tokens = np.frombuffer(ids, np.uint32)
+            bad = tokens >= self._vocab_size
             raise RequestError(
-                f"token id {tokens[bad.argmax()]} is not in the vocabulary"
+                f"token id {ids[bad.argmax()]} is not in the vocabulary"
                 f" (0 to {self._vocab_size - 1})",
                 param=name,
             )

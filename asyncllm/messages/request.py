@@ -7,7 +7,7 @@ from dataclasses import field
 
 from asyncllm.codec import INT32, Message, message
 from asyncllm.core.request import GRAMMARS, FinishReason, SamplingParams
-from asyncllm.messages.checks import are_counts, are_natural, is_rid
+from asyncllm.messages.checks import are_below, are_counts, are_natural, is_rid
 from asyncllm.records import ConstraintDone, Failure, KvDestination, Logprobs, int32s
 
 THOUGHTS = ("open", "closed", "none", "")  # of Submit
@@ -87,14 +87,13 @@ class Submit(Message):
 
     def fits(self, vocab_size: int, max_len: int) -> bool:
         """Whether it is within the limits that its tokenizer has checked."""
-        params, known = self.params, self.prompt + self.outputs
-        if max(len(known), len(self.prediction)) > max_len:
+        params = self.params
+        if max(self.length, len(self.prediction)) > max_len:
             return False
         if params.max_new_tokens is None or len(self.prompt) + params.max_new_tokens > max_len:
             return False
-        known += self.prediction
-        ids = min(known, default=0), max(known, default=0)
-        return params.possible(vocab_size) and ids[0] >= 0 and ids[1] < vocab_size
+        ids = self.prompt, self.outputs, self.prediction
+        return params.possible(vocab_size) and are_below(vocab_size, *ids)
 
 
 @message(4)

@@ -18,6 +18,7 @@ from asyncllm.api.common.validation import GREEDY_BELOW, preview, reject, token_
 from asyncllm.api.parsing.output_parser import Dialect, OutputOptions
 from asyncllm.core.request import SamplingParams
 from asyncllm.errors import ModelNotFound
+from asyncllm.messages.checks import are_below
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,9 +104,14 @@ class ServedModel:
             reject(f"{name} must be an array of token ids, not {preview(value)}", name)
         if not value:
             reject(f"{name} must not be empty", name)
+        return Prompt(ids=self.ids_of(value, name))
+
+    def ids_of(self, value: list[object], name: str) -> array[int]:
+        """Any number of token ids as a column of int32. Raises RequestError."""
         column = token_ids(value, name)
-        self.check_ids((max(value),), name)
-        return Prompt(ids=column)
+        if not are_below(self.vocab_size, column):
+            self.check_ids(column, name)
+        return column
 
     def check_ids(self, ids: Iterable[int], name: str) -> None:
         """Raises RequestError for a token id outside the vocabulary."""

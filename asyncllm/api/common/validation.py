@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final, NoReturn, cast
+
+import numpy as np
 
 from asyncllm.errors import RequestError
 
@@ -62,18 +65,30 @@ def token_ids(value: list[object], name: str) -> array[int]:
     try:
         column = array("i", cast("list[int]", value))
     except (TypeError, OverflowError):
-        column = array("i", [_token_id(each, f"{name}[{i}]") for i, each in enumerate(value)])
-    if bool in set(map(type, value)) or (column and min(column) < 0):
-        for i, each in enumerate(value):
-            _token_id(each, f"{name}[{i}]")
+        column = _column_of_floats(value, name)
+    # what is below 2 may be negative, or a boolean
+    for i in map(int, np.flatnonzero(np.frombuffer(column, np.int32) < 2)):
+        _token_id(value[i], name, i)
     return column
 
 
-def _token_id(value: object, name: str) -> int:
-    whole = isinstance(value, float) and value.is_integer()
-    if not whole and (isinstance(value, bool) or not isinstance(value, int)):
-        reject(f"{name} must be an integer, not {preview(value)}", name)
+def _column_of_floats(value: list[object], name: str) -> array[int]:
+    """Where not all are ints that fit: JSON's 3.0 is a whole number too."""
+    with suppress(TypeError, OverflowError):
+        numbers = np.frombuffer(array("d", cast("list[float]", value)))
+        if ((np.trunc(numbers) == numbers) & (np.abs(numbers) <= MAX_INT32)).all():
+            return array("i", numbers.astype(np.int32).tobytes())
+    return array("i", [_token_id(each, name, i) for i, each in enumerate(value)])
+
+
+def _token_id(value: object, name: str, at: int) -> int:
+    whole = type(value) is int or (type(value) is float and value.is_integer())
+    if not whole:
+        reject(f"{name}[{at}] must be an integer, not {preview(value)}", f"{name}[{at}]")
     number = int(cast("int | float", value))
     if not 0 <= number <= MAX_INT32:
-        reject(f"{name}: {preview(value)} is not a token id (0 .. vocabulary size - 1)", name)
+        reject(
+            f"{name}[{at}]: {preview(value)} is not a token id (0 .. vocabulary size - 1)",
+            f"{name}[{at}]",
+        )
     return number

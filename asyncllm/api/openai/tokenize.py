@@ -5,13 +5,15 @@ Knows bodies and answers; asks no tokenizer.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo
 
-from asyncllm.api.common.request import ModelName, ServedModel
+from asyncllm.api.common.request import ModelName, ServedModel, served_by
 from asyncllm.api.common.request_model import (
+    Checked,
     Integer,
     Items,
     Range,
@@ -20,7 +22,7 @@ from asyncllm.api.common.request_model import (
     WithSpecialTokens,
     parse,
 )
-from asyncllm.api.common.validation import Body, reject
+from asyncllm.api.common.validation import Body, preview, reject
 from asyncllm.api.openai import request as openai
 
 
@@ -34,9 +36,22 @@ class TokenizeRequest(RequestModel):
     return_token_strs: bool = Field(False, description="the text of each token too")
 
 
+def _ids(value: object, info: ValidationInfo) -> array[int]:
+    served = served_by(info)
+    if not isinstance(value, list):
+        reject(f"tokens must be an array, not {preview(value)}", "tokens")
+    if len(value) > served.max_len:
+        reject(
+            f"tokens: {len(value)} ids, at most {served.max_len} (--max_req_total_len)", "tokens"
+        )
+    return served.ids_of(value, "tokens")
+
+
 class DetokenizeRequest(RequestModel):
     model: ModelName = None
-    tokens: Items[Annotated[Integer, Range(0, None)]] = Field(description="token ids")
+    tokens: Annotated[Sequence[int], Checked(_ids, list[Annotated[Integer, Range(0, None)]])] = (
+        Field(description="token ids")
+    )
 
 
 def tokenize(body: Body, served: ServedModel) -> tuple[str, bool, bytes | None, bool]:
@@ -68,14 +83,6 @@ def tokenized(ids: Sequence[int], texts: Sequence[str] | None, served: ServedMod
     }
 
 
-def detokenize(body: Body, served: ServedModel) -> tuple[int, ...]:
+def detokenize(body: Body, served: ServedModel) -> Sequence[int]:
     """The ids. Raises RequestError (400), ModelNotFound (404)."""
-    asked = parse(DetokenizeRequest, body, served)
-    if len(asked.tokens) > served.max_len:
-        reject(
-            f"tokens: {len(asked.tokens)} ids, at most {served.max_len} (--max_req_total_len)",
-            "tokens",
-        )
-    ids = tuple(asked.tokens)
-    served.check_ids(ids, "tokens")
-    return ids
+    return parse(DetokenizeRequest, body, served).tokens
