@@ -193,11 +193,12 @@ def answers(device: CudaDevice, most_tokens: int) -> Answers:
     found: Answers = []
     engine = device.engine
     noise = torch.Generator(engine.device).manual_seed(1)
-    for layer in engine.kv:
-        for tensor in layer:
-            tensor.normal_(generator=noise)
-    for table in (engine.table, engine.history, engine.last_token):
-        table.zero_()
+    with torch.cuda.stream(device._stream):
+        for layer in engine.kv:
+            for tensor in layer:
+                tensor.normal_(generator=noise)
+        for table in (engine.table, engine.history, engine.last_token):
+            table.zero_()
     for plan in steps(NUM_ROWS, most_tokens):
         done = device.launch(plan).wait()
         chosen = [] if done.logprobs is None else list(done.logprobs.chosen)
