@@ -438,9 +438,7 @@ class CudaPages:
 
 def recorded(stream: torch.cuda.Stream, kept: object = None) -> CudaCopy:
     """What has been queued on ``stream`` until now."""
-    event = torch.cuda.Event(blocking=True)
-    event.record(stream)
-    return CudaCopy(event, kept)
+    return CudaCopy(stream.record_event(torch.cuda.Event(blocking=True)), kept)
 
 
 def _column(slots: array[int]) -> Tensor:

@@ -108,6 +108,18 @@ def items_of(groups_ptr, most, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS
     return tl.cdiv(tl.load(groups_ptr + 3 * GROUPS + group), ROWS) * splits
 
 
+@triton.jit
+def group_of(groups_ptr, ends, number, GROUPS: tl.constexpr):
+    """The group that has ``number``, where those of each group end at ``ends``: which groups come
+    before it; its first token, the one behind its last, its first member, how many; and how many
+    numbers it has before this one."""
+    passed = ends <= number
+    at = groups_ptr + tl.sum(passed.to(tl.int32), axis=0)
+    begin, stop = tl.load(at), tl.load(at + GROUPS)
+    first, count = tl.load(at + 2 * GROUPS), tl.load(at + 3 * GROUPS)
+    return passed, begin, stop, first, count, number - tl.max(tl.where(passed, ends, 0), axis=0)
+
+
 @triton.jit(
     do_not_specialize=["target"],
     do_not_specialize_on_alignment=["groups_ptr", "order_ptr", "lanes_ptr"],
@@ -154,14 +166,9 @@ def _shared_kernel(
     heads = head * GROUP + pair % GROUP
     stride = tl.num_programs(0) // KV_HEADS
     for item in tl.range(tl.program_id(0) // KV_HEADS, total, stride, num_stages=1):
-        passed = ends <= item
-        group_ptr = groups_ptr + tl.sum(passed.to(tl.int32), axis=0)
-        begin = tl.load(group_ptr)
-        stop = tl.load(group_ptr + GROUPS)
-        order = order_ptr + tl.load(group_ptr + 2 * GROUPS)
-        count = tl.load(group_ptr + 3 * GROUPS)
+        _, begin, stop, first, count, within = group_of(groups_ptr, ends, item, GROUPS)
+        order = order_ptr + first
         share, splits = divided(begin, stop, most, BLOCK_N)
-        within = item - tl.max(tl.where(passed, ends, 0), axis=0)
         member = within // splits * ROWS + pair // GROUP
         live = (pair // GROUP < ROWS) & (member < count)
         row = tl.load(order + member, mask=live, other=0).to(tl.int64)

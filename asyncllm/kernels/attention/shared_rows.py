@@ -19,12 +19,12 @@ CACHE_RATE = 9.7e12  # bytes/s of 16 bits for each channel of K and V
 BLOCK_RATE = 1.3e12  # channels of K for 64 pairs, per second
 ROW_S = 17e-12  # for each channel of a row's queries: partial results are written and read
 STEP_S = 14e-6  # until the groups' part has started and ended
-# The same of latents, where products set the time of blocks of 64 pairs (measured on an H200 by
+# The same of latents, where products set the time, also where rows share (measured on an H200 by
 # bench/kernels_latent_shared.py): a latent's channels, as key and as value, for all pairs of a
-# block per second. Blocks of 16 pairs are taken to read what rows share as fast as a copy does.
-LATENT_RATE = {16: 4.2e12, 64: 1.63e12}
-LATENT_ROW_S = 10e-12  # for each channel of a row's sums
-LATENT_STEP_S = 25e-6
+# block of 16 or 64 per second.
+LATENT_RATE = {16: 3.35e12, 64: 1.63e12}
+LATENT_ROW_S = 8e-12  # for each channel of a row's sums
+LATENT_STEP_S = 18e-6
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from asyncllm.kernels.attention.scores import padded
-from asyncllm.kernels.latent.keys import attend_latents
+from asyncllm.kernels.latent.keys import attend_latents, load_part
 from asyncllm.kernels.latent.plan import AttendPlan
 from asyncllm.kernels.latent.shared import attend_shared
 from asyncllm.kernels.latent.write import check_cache, read_ref
@@ -74,7 +74,6 @@ def _attend_kernel(
     tile = program * per_range
     stop = tl.minimum(tile + per_range, total)
     dim = tl.arange(0, RANK_PAD)
-    turn = tl.arange(0, ROPE_PAD)
     pair = tl.arange(0, PAIRS)
     head = block * BLOCK_HEADS + pair % BLOCK_HEADS
 
@@ -101,16 +100,8 @@ def _attend_kernel(
         if SHARED:
             lane_ptr += tl.load(records_ptr + 4 * num_items + record)
 
-        q = tl.load(
-            q_ptr + at[:, None] * q_row + head[:, None] * q_head + dim[None, :],
-            mask=live[:, None] & (dim < RANK)[None, :],
-            other=0.0,
-        )
-        turned = tl.load(
-            turned_ptr + at[:, None] * turned_row + head[:, None] * turned_head + turn[None, :],
-            mask=live[:, None] & (turn < ROPE)[None, :],
-            other=0.0,
-        )
+        q = load_part(q_ptr, at, head, q_row, q_head, live, RANK, RANK_PAD)
+        turned = load_part(turned_ptr, at, head, turned_row, turned_head, live, ROPE, ROPE_PAD)
         acc, best, norm = attend_latents(
             q,
             turned,

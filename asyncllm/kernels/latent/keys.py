@@ -72,6 +72,15 @@ def heads_of_block(num_heads: int) -> int:
 
 
 @triton.jit
+def load_part(ptr, row, head, row_stride, head_stride, live, DIM: tl.constexpr, PAD: tl.constexpr):
+    """A part of the queries of (row, head) pairs, [.., PAD]: zeros behind DIM and where not
+    ``live``."""
+    dim = tl.arange(0, PAD)
+    at = ptr + row[:, None] * row_stride + head[:, None] * head_stride + dim[None, :]
+    return tl.load(at, mask=live[:, None] & (dim < DIM)[None, :], other=0.0)
+
+
+@triton.jit
 def attend_latents(
     q,
     turned,

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from asyncllm.kernels.attention.scores import padded
+from asyncllm.kernels.attention.shared import group_of
 from asyncllm.kernels.attention.shared_rows import MAX_GROUPS, MEMBERS, SharedRows
 from asyncllm.kernels.autotune import num_sms
 from asyncllm.kernels.latent.keys import (
@@ -37,6 +38,7 @@ from asyncllm.kernels.latent.keys import (
     attend_config,
     attend_latents,
     heads_of_block,
+    load_part,
 )
 
 MIN_TILES = 1  # of a range
@@ -154,34 +156,22 @@ def _shared_latents_kernel(
     share = tl.maximum(tl.cdiv(total, num_ranges), MIN_TILES)
     pair = tl.arange(0, PAIRS)
     dim = tl.arange(0, RANK_PAD)
-    turn = tl.arange(0, ROPE_PAD)
     head = head_block * BLOCK_HEADS + pair % BLOCK_HEADS
     tile = program * share
     stop = tl.minimum(tile + share, total)
     while tile < stop:
-        passed = ends <= tile
-        group_ptr = groups_ptr + tl.sum(passed.to(tl.int32), axis=0)
-        begin = tl.load(group_ptr)
-        length = tl.load(group_ptr + GROUPS) - begin
-        order = order_ptr + tl.load(group_ptr + 2 * GROUPS)
-        within = tile - tl.max(tl.where(passed, ends, 0), axis=0)
+        passed, begin, behind, first, members, within = group_of(groups_ptr, ends, tile, GROUPS)
+        length = behind - begin
+        order = order_ptr + first
         block = within // tl.cdiv(length, TILE)
         skipped = within % tl.cdiv(length, TILE)
         count = tl.minimum(tl.cdiv(length, TILE) - skipped, stop - tile)
         member = block * ROWS + pair // BLOCK_HEADS
-        live = (member < tl.load(group_ptr + 3 * GROUPS)) & (head < HEADS)
+        live = (member < members) & (head < HEADS)
         row = tl.load(order + member, mask=live, other=0).to(tl.int64)
         lane = tl.load(lanes_ptr + tl.load(order)).to(tl.int64)
-        q = tl.load(
-            q_ptr + row[:, None] * q_row + head[:, None] * q_head + dim[None, :],
-            mask=live[:, None] & (dim < RANK)[None, :],
-            other=0.0,
-        )
-        turned = tl.load(
-            turned_ptr + row[:, None] * turned_row + head[:, None] * turned_head + turn[None, :],
-            mask=live[:, None] & (turn < ROPE)[None, :],
-            other=0.0,
-        )
+        q = load_part(q_ptr, row, head, q_row, q_head, live, RANK, RANK_PAD)
+        turned = load_part(turned_ptr, row, head, turned_row, turned_head, live, ROPE, ROPE_PAD)
         acc, best, norm = attend_latents(
             q,
             turned,
