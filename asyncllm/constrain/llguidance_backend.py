@@ -43,6 +43,7 @@ MAX_START_FUEL: Final = 250_000
 MAX_ROW_ITEMS: Final = 20_000
 MAX_STATES: Final = 50_000
 MAX_SIZE: Final = 500_000
+MAX_TRANSLATE_S: Final = 1.0  # of CPU time
 
 # Tokens are followed ahead while that takes less than this, and where it has been quick so far.
 AHEAD_S: Final = 0.001
@@ -115,9 +116,6 @@ class GrammarEngine:
         self._spelling = Spelling(encode, self._call_texts)
         self._letters = self._tokenizer([], [])
         self._terminals: dict[str, LLMatcher | None] = {}
-        self._possible = FeasibilityChecks(
-            self._matches, lambda term: self._terminal(term) is not None
-        )
         self._kept: OrderedDict[tuple[str, str], CompiledGrammar] = OrderedDict()
         self._kept_chars = 0
 
@@ -139,7 +137,10 @@ class GrammarEngine:
             RequestError: the text is not of its kind, no text at all can match it, or outputs
                 would take too long to follow.
         """
-        grammar = self._translate(kind, text)
+        try:
+            grammar = self._translate(kind, text)
+        except RecursionError:
+            raise RequestError(f"{NAMES[kind]}: references are nested too deeply") from None
         tokens = self._call_tokens if kind == "calls" else self._tokens
         matcher = self._matcher(tokens, grammar)
         if matcher.is_error():
@@ -168,22 +169,44 @@ class GrammarEngine:
             case "choice":
                 return choices(json.loads(text))
             case "calls":
-                return calls_grammar(json.loads(text.partition("\n")[2]), self._possible)
+                return calls_grammar(json.loads(text.partition("\n")[2]), self._checks(kind))
             case _:
                 pass
-        return schema_grammar('{"type": "object"}' if kind == "json" else text, self._possible)
+        return schema_grammar('{"type": "object"}' if kind == "json" else text, self._checks(kind))
+
+    def _checks(self, kind: str) -> FeasibilityChecks:
+        """For one grammar, which may take MAX_TRANSLATE_S from now on."""
+        until = thread_time() + MAX_TRANSLATE_S
+
+        def check_time() -> None:
+            if thread_time() > until:
+                raise RequestError(
+                    f"{NAMES[kind]}: it takes longer than {MAX_TRANSLATE_S:g} s to translate:"
+                    " simplify it"
+                )
+
+        def exists(terminal: str) -> bool:
+            check_time()
+            return self._terminal(terminal) is not None
+
+        def matches(terminal: str, text: str) -> bool:
+            check_time()
+            return self._matches(terminal, text)
+
+        return FeasibilityChecks(matches, exists, check_time)
 
     def _terminal(self, terminal: str) -> LLMatcher | None:
         """At the beginning of a terminal; None: it matches nothing. Raises RequestError."""
-        if terminal not in self._terminals:
+        known = self._terminals  # other threads may put another in its place
+        if terminal not in known:
             matcher = self._matcher(self._letters, f"start: A\nA: {terminal}")
             if matcher.is_error():
                 raise _refusal("schema", matcher.get_error())
             matcher.compute_bitmask()
-            if len(self._terminals) > MAX_KEPT:
-                self._terminals.clear()
-            self._terminals[terminal] = None if matcher.is_error() else matcher
-        return self._terminals[terminal]
+            if len(known) > MAX_KEPT:
+                known = self._terminals = {}
+            known[terminal] = None if matcher.is_error() else matcher
+        return known[terminal]
 
     def _matches(self, terminal: str, text: str) -> bool:
         if (start := self._terminal(terminal)) is None:

@@ -61,6 +61,7 @@ CASES = [
     (SELECT, ["SELECT a, b_c\nwhere x <> \"é\"", "select a", "Select a where b=12"],
      ["select", "select 1", "where a=1", "select a where b=x"]),
     ("start: /a.b/s /x[0-9]/i", ["a\nbx1", "aébX2"], ["abx1", "a\nbx"]),
+    (r'start: /as\s[^b\n]./i "\n\"c"i', ["aS\tc\\\n\"C", "As A_\n\"c"], ["as\tBx\n\"c", "as\ta\n\n\"c"]),
 ]  # fmt: skip
 
 
@@ -144,7 +145,7 @@ def test_what_comes_by_chance_can_be_read_back() -> None:
         ("start: A\n" + "\n".join(f"A{i}: A{i + 1}" for i in range(99)) + "\nA99: /a/\nA: A0",
          "terminals more than 50 deep"),
         ("start: A0\n" + "\n".join(f"A{i}: A{i + 1} A{i + 1}" for i in range(20)) + "\nA20: /a/",
-         "terminal of over 20000 parts"),
+         "terminals of over 100000 parts"),
         ("\n".join(f'{"start" if i == 0 else f"r{i}"}: /a/' for i in range(600)), "more than 1000"),
     ],
 )  # fmt: skip

@@ -197,6 +197,11 @@ def test_special_tokens_and_ids_beyond_the_tokenizer_never_come(
      ("schema", '{"properties": {"a": {"multipleOf": 3}}}', "multipleOf, which cannot be enforced"),
      ("schema", '{"type": "string", "enum": [1]}', "no value at all fits"),
      ("schema", '{"minimum": 1e999}', "beyond double precision"),
+     ("schema", '{"const": 1e-99999999999999999999}', "beyond double precision"),
+     ("schema", '{"allOf": [{}], "$ref": "#/allOf/' + "1" * 5000 + '"}', "points to nothing"),
+     ("schema", json.dumps({f"a{i}": {"$ref": f"#/a{i + 1}"} for i in range(2000)} | {"a2000": {}, "$ref": "#/a0"}),
+      "references are nested too deeply"),
+     ("regex", "a{12345678901}", "'{12345678901}' beyond"), ("ebnf", 'root ::= "a"{1,12345678901}', "beyond"),
      ("schema", '{"items":' * 70 + "{}" + "}" * 70, "nested more than 64"),
      ("schema", '{"a":' * 20_000 + "{}" + "}" * 20_000, "nested more than 64")],
 )  # fmt: skip

@@ -226,6 +226,7 @@ def test_one_of_knows_more_than_what_can_be_told(
      ({"type": "string", "format": "time"}, ['"23:59:59Z"'], ['"25:00:00Z"', '"24:00:00Z"', '"12:60:00Z"']),
      ({"type": "string", "format": "ipv4", "maxLength": 7}, ['"1.2.3.4"'], ['"1.2.3.256"', '"10.0.0.1"']),
      ({"type": "string", "format": "ipv6"}, ['"::1"', '"1::8"', '"::ffff:1.2.3.4"'], ['"1::2::3"', '"12345::"']),
+     ({"type": "string", "pattern": r"^[^\S\n]*x[^\d]$"}, ['" \\tx\\n"', '"xa"'], ['"\\nxa"', '"\\u001cxa"', '"\u00a0xa"', '"x\u0663"', '"x1"']),
      ({"type": "string", "format": "x-unknown"}, ['"anything"'], ["1"])],
 )  # fmt: skip
 def test_strings(grammars: GrammarEngine, schema: Any, good: list[str], bad: list[str]) -> None:
@@ -238,6 +239,8 @@ def test_strings(grammars: GrammarEngine, schema: Any, good: list[str], bad: lis
     ("schema", "good", "bad"),
     [({"type": "array", "uniqueItems": False, "items": {"enum": [1]}}, "[1, 1]", "[2]"),
      ({"type": "integer", "multipleOf": 1}, "7", "7.5"), ({"type": "number", "multipleOf": 1.0}, "7", "7.5"),
+     ({"enum": [{"a": 1}], "properties": {"a": {}}, "unevaluatedProperties": False}, '{"a": 1}', "{}"),
+     ({"type": "number", "exclusiveMinimum": 10**12}, "1000000000001", "1000000000000"),
      ({"type": "integer", "multipleOf": 0.5}, "7", "7.5"), ({"type": "integer", "divisibleBy": 1}, "7", "7.5"),
      ({"type": "array", "contains": {"enum": [1]}, "minContains": 0, "items": {"type": "null"}}, "[null]", "[1]"),
      ({"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"enum": [1]}}}, "1", "2"),
@@ -263,6 +266,9 @@ def test_what_says_nothing_is_not_refused(
      ({"type": "object", "required": ["a"], "additionalProperties": False}, "no value at all"),
      ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "no value at all"),
      ({"$ref": "#"}, "refers to itself"), ({"type": 3}, "a type that is neither"),
+     ({"not": {"type": "strnig"}}, "unknown type 'strnig' at #/not"), ({"not": {"type": "any"}}, "no value at all"),
+     ({"enum": [1, {"a": 1}], "unevaluatedProperties": False}, "unevaluatedProperties, which cannot"),
+     ({"anyOf": [{"const": [1]}], "unevaluatedItems": {"type": "string"}}, "unevaluatedItems, which cannot"),
      ({"not": {"required": [1]}}, "required that is no list of names"),
      ({"properties": []}, "properties that are no object"), ({"enum": 3}, "an enum that is no list"),
      ({"minLength": -1}, "minLength -1, which is no count"), ({"anyOf": []}, "anyOf that is no list")],

@@ -17,6 +17,7 @@ NAMED: Final = frozenset(
     ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
 )
 VALUES: Final = frozenset(("enum", "const", "default", "examples", "example"))
+TYPES: Final = ("null", "boolean", "integer", "number", "string", "array", "object")
 TRUE: Final = 0
 FALSE: Final = 1
 
@@ -28,7 +29,7 @@ class Document:
         root: JSON, as :func:`asyncllm.constrain.grammars.jsontext.load` gives it.
 
     Raises:
-        RequestError: it nests too deeply, or a name means two schemas.
+        RequestError: it nests too deeply.
     """
 
     def __init__(self, root: Json) -> None:
@@ -68,6 +69,18 @@ class Document:
                 self._bases[id(node)] = self._bases.get(id(parent), self.base)
         return number
 
+    def types(self, node: JsonObject) -> tuple[str, ...]:
+        """The types that a schema names; all where it names none. Raises RequestError."""
+        told = node.get("type", "any")
+        told = [told] if isinstance(told, str) else told
+        if not isinstance(told, list):
+            self.fail(node, "has a type that is neither a string nor a list of them")
+        if "any" in told:
+            return TYPES
+        if bad := [name for name in told if name not in TYPES]:
+            self.fail(node, f"has the unknown type {str(bad[0])[:40]!r}")
+        return tuple(map(str, told))
+
     def fail(self, node: Json, why: str) -> NoReturn:
         """Raises RequestError that names the place of ``node``."""
         raise RequestError(f"the JSON schema {why} at {self._places.get(id(node), '#')}")
@@ -80,27 +93,28 @@ class Document:
             base = self._bases.get(id(node), self.base)
             uri, name = urldefrag(base + ref if ref.startswith("#") else urljoin(base, ref))
         except ValueError:
-            self.fail(node, f"has the $ref {ref!r}, which is no address,")
+            self.fail(node, f"has the $ref {ref[:60]!r}, which is no address,")
         if uri in self._named:
             found = self._named[uri]
         elif uri == self.base:
             found = self._root
         else:
-            self.fail(node, f"has the $ref {ref!r}, which is another document: it is not fetched,")
+            why = "which is another document: it is not fetched,"
+            self.fail(node, f"has the $ref {ref[:60]!r}, {why}")
         if not name:
             return found
         if not name.startswith("/"):
             if (key := f"{uri}#{name}") not in self._named:
-                self.fail(node, f"has the $ref {ref!r}, which points to nothing,")
+                self.fail(node, f"has the $ref {ref[:60]!r}, which points to nothing,")
             return self._named[key]
         for step in name[1:].split("/"):
             part = unquote(step).replace("~1", "/").replace("~0", "~")
             if isinstance(found, dict) and part in found:
                 found = found[part]
-            elif isinstance(found, list) and part.isdecimal() and int(part) < len(found):
-                found = found[int(part)]
+            elif isinstance(found, list) and (i := _index(part, len(found))) is not None:
+                found = found[i]
             else:
-                self.fail(node, f"has the $ref {ref!r}, which points to nothing,")
+                self.fail(node, f"has the $ref {ref[:60]!r}, which points to nothing,")
         return found
 
     def _walk(self, node: Json, place: str, depth: int, is_schema: bool, base: str) -> None:
@@ -146,6 +160,13 @@ class Document:
                 self._named.setdefault(f"{base}#{name}", node)
         self.anchors[""] += node.get("$recursiveAnchor") is True
         return base
+
+
+def _index(text: str, most: int) -> int | None:
+    """The index that a pointer's step is, below ``most``."""
+    if len(text) > 9 or not (text.isascii() and text.isdecimal()):
+        return None
+    return int(text) if int(text) < most else None
 
 
 def _check_depth(depth: int) -> None:

@@ -34,7 +34,7 @@ _SKIP: Final = re.compile(r"(?:\s|#[^\n]*)*")
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _DEFINES: Final = re.compile(r"(?:\s|#[^\n]*)*::=")
 _TEXT: Final = re.compile(r'"((?:[^"\\\n]|\\.)*)"' r"|'((?:[^'\\\n]|\\.)*)'")
-_COUNT: Final = re.compile(r"\{\s*(\d{1,9})\s*(,?)\s*(\d{0,9})\s*\}")
+_COUNT: Final = re.compile(r"\{\s*([0-9]+)\s*(?:(,)\s*([0-9]*)\s*)?\}")
 
 
 def to_lark(source: str) -> str:

@@ -33,10 +33,13 @@ def load(text: str) -> Json:
 
 
 def _decimal(text: str) -> Decimal:
-    value = Decimal(text)
-    if abs(value) > LARGEST or value.adjusted() < -400:
-        raise RequestError(f"the JSON schema holds the number {text[:40]}, beyond double precision")
-    return value
+    try:
+        value = Decimal(text)
+        if abs(value) <= LARGEST and value.adjusted() >= -400:
+            return value
+    except ArithmeticError:  # an exponent that even Decimal does not have
+        pass
+    raise RequestError(f"the JSON schema holds the number {text[:40]}, beyond double precision")
 
 
 def _integer(text: str) -> int:

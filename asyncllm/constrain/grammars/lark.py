@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from typing import Final
 
 from asyncllm.constrain.grammars import regex
@@ -31,7 +32,7 @@ from asyncllm.errors import RequestError
 
 MAX_RULES: Final = 1000
 MAX_DEPTH: Final = 50  # of terminals that name others
-MAX_PARTS: Final = 20_000  # of a terminal in which others are written out
+MAX_PARTS: Final = 100_000  # of all terminals together, with those that they name written out
 
 _SKIP: Final = re.compile(r"(?:\s|//[^\n]*|\#[^\n]*)*")
 _HEAD: Final = re.compile(r"[!?]{0,2}(_?[A-Za-z]\w*)(\{[^}\n]*\})?(?:\.-?\d+)?[ \t]*:")
@@ -140,7 +141,7 @@ class _LarkReader(NotationReader):
                 self.fail("has an empty text")
             text = literal(self.unescaped(found[1]))
             self.at = found.end()
-            return self._nameless(self._in_any_case(text) if found[2] else text)
+            return self._nameless(_in_any_case(text) if found[2] else text)
         if found := _REGEX.match(self.source, self.at):
             if wrong := set(found[2]) - {"i", "s"}:
                 self.fail(f"has the flag {min(wrong)}, which cannot be enforced,")
@@ -148,7 +149,7 @@ class _LarkReader(NotationReader):
             self.at = found.end()
             if "s" in found[2]:
                 inner = mapped(inner, lambda char: ALL if char is ANY else char)
-            return self._nameless(self._in_any_case(inner) if "i" in found[2] else inner)
+            return self._nameless(_in_any_case(inner) if "i" in found[2] else inner)
         if found := _NAME.match(self.source, self.at):
             self.at = found.end()
             if super().peek() in ("{", ":"):
@@ -186,14 +187,6 @@ class _LarkReader(NotationReader):
         self._define(name, node)
         return RuleRef(name)
 
-    def _in_any_case(self, node: Expr) -> Expr:
-        def of(char: Chars) -> Chars:
-            if char.special and re.search(r"\[\^?.*[A-Za-z](?![{0-9A-F])", char.text):
-                self.fail(f"has the flag i with {char.text}, which cannot be enforced,")
-            return char if char.special else replace(char, text=f"(?i:{char.text})")
-
-        return mapped(node, of)
-
 
 class _LarkRules:
     """Makes rules of what was read: one for each rule and for each terminal that rules name."""
@@ -201,6 +194,7 @@ class _LarkRules:
     def __init__(self, reader: _LarkReader, name: str, spell: Callable[[Expr], Expr]) -> None:
         self._reader, self._name, self._spell = reader, name, spell
         self._terminals: dict[str, Expr] = {}
+        self._num_parts = 0
         self._made: Rules = {}
 
     def rules(self) -> Rules:
@@ -239,6 +233,9 @@ class _LarkRules:
             if name not in self._reader.defined:
                 raise RequestError(f"the Lark grammar has no terminal {name}, which is used")
             known = self._terminal(self._reader.defined[name], (*path, name))
+            self._num_parts += sum(1 for _ in islice(parts(known), MAX_PARTS))
+            if self._num_parts >= MAX_PARTS:
+                raise RequestError(f"the Lark grammar has terminals of over {MAX_PARTS} parts")
             self._terminals[name] = known
         return known
 
@@ -247,15 +244,15 @@ class _LarkRules:
             if not _is_terminal(node.name):
                 raise RequestError(f"the Lark grammar has a terminal with the rule {node.name}")
             return self._named(node.name, path)
-        made = rebuilt(node, lambda each: self._terminal(each, path))
-        for size, _ in enumerate(parts(made)):
-            if size > MAX_PARTS:
-                raise RequestError(f"the Lark grammar has a terminal of over {MAX_PARTS} parts")
-        return made
+        return rebuilt(node, lambda each: self._terminal(each, path))
 
 
 def _is_terminal(name: str) -> bool:
     return name.lstrip("_")[:1].isupper()
+
+
+def _in_any_case(node: Expr) -> Expr:
+    return mapped(node, lambda char: replace(char, any_case=True))
 
 
 def mapped(node: Expr, call: Callable[[Chars], Expr]) -> Expr:

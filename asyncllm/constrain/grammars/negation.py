@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from asyncllm.constrain.grammars.document import Document
+from asyncllm.constrain.grammars.document import TYPES, Document
 from asyncllm.plain import Json, JsonObject
 
 
@@ -25,7 +25,6 @@ VALUES: Final = _InternalKeyword("none of these values")
 PATTERN: Final = _InternalKeyword("a string that this does not match")
 FRACTION: Final = _InternalKeyword("a number that is no integer")
 
-_TYPES: Final = ("null", "boolean", "number", "string", "array", "object")
 _LENGTHS: Final = {
     "minLength": ("string", "maxLength", -1), "maxLength": ("string", "minLength", 1),
     "minItems": ("array", "maxItems", -1), "maxItems": ("array", "minItems", 1),
@@ -66,9 +65,9 @@ def _opposites(schema: JsonObject, word: str, document: Document) -> Iterator[Js
     value = schema[word]
     match word:
         case "type":
-            told = value if isinstance(value, list) else [value]
+            told = document.types(schema)
             others: list[Json] = [
-                t for t in _TYPES if t not in told and not (t == "number" and "integer" in told)
+                t for t in TYPES if t not in told and not {t, *told} >= {"integer", "number"}
             ]
             yield {"type": others} if others else False
             if "integer" in told and "number" not in told:

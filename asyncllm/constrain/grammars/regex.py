@@ -10,8 +10,9 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import reduce
-from itertools import chain, groupby
+from itertools import groupby
 from math import inf
+from operator import itemgetter
 from typing import Final, NoReturn
 
 from asyncllm.constrain.grammars.rules import (
@@ -24,7 +25,7 @@ from asyncllm.constrain.grammars.rules import (
     Repeat,
     Seq,
     alt,
-    parts,
+    in_case,
     seq,
     times,
 )
@@ -32,6 +33,7 @@ from asyncllm.errors import RequestError
 
 # by whether what matches begins where the text begins, and whether it ends where that ends
 ByPlace = dict[tuple[bool, bool], Expr]
+_ANYWHERE: Final = (False, False)
 
 MAX_DEPTH: Final = 100
 MAX_COUNT: Final = 1 << 20
@@ -67,7 +69,7 @@ _HEX: Final = re.compile(
     r"x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]{1,6})\}|U([0-9A-Fa-f]{8})|c([A-Za-z])"
 )
 _TIMES: Final = {"*": (0, inf), "+": (1, inf), "?": (0, 1)}
-_BRACES: Final = re.compile(r"\{(\d{1,9})(,?)(\d{0,9})\}")
+_BRACES: Final = re.compile(r"\{([0-9]+)(?:(,)([0-9]*))?\}")
 _GROUP: Final = re.compile(r"\?(?::|P?<[A-Za-z_]\w*>)")
 _PROPERTY: Final = re.compile(r"([pP])\{([A-Za-z_=]+)\}")
 _WITHOUT_SPECIAL: Final = frozenset(
@@ -153,7 +155,7 @@ class _Class:
 
     parts: list[str] = field(default_factory=list)
     special: set[int] = field(default_factory=set)
-    everything: bool = False
+    joined: list[Chars] = field(default_factory=list)  # classes that are a part of it
 
     def add(self, low: int, high: int) -> None:
         self.special.update(code for code in SPECIAL if low <= code <= high)
@@ -162,22 +164,27 @@ class _Class:
                 ends = (code_text(first), code_text(last))
                 self.parts.append(ends[0] if first == last else "-".join(ends))
 
-    def join(self, other: Chars) -> None:
-        opposites = (("d", "D"), ("w", "W"), ("s", "S"))
-        for one, another in (*opposites, *(pair[::-1] for pair in opposites)):
-            self.everything |= other is _CLASSES[one] and _CLASSES[another].text in self.parts
-        self.parts.append(other.text)
-        self.special |= other.special
-
     def done(self, negated: bool) -> Expr:
-        if self.everything:
+        if any({_CLASSES[name], _CLASSES[name.upper()]} <= {*self.joined} for name in "dws"):
             return NOTHING if negated else ALL
+        for each in map(_widest, self.joined) if negated else self.joined:
+            self.parts.append(each.text)
+            self.special |= each.special
         if not self.parts:
             return ALL if negated else NOTHING
         inner = "".join(self.parts)
         if negated:
             return Chars(f"[^{inner}]", SPECIAL - self.special)
         return Chars(f"[{inner}]", frozenset(self.special))
+
+
+def _widest(chars: Chars) -> Chars:
+    """What is in a class in any dialect: what is not in its opposite."""
+    for name in _CLASSES:
+        if chars is _CLASSES[name]:
+            outside = _CLASSES[name.swapcase()]
+            return Chars(f"[^{outside.text}]", SPECIAL - outside.special)
+    return chars
 
 
 class PatternReader:
@@ -234,8 +241,10 @@ class PatternReader:
             return simple
         if found := self.counts.match(self.source, self.at):
             self.at = found.end()
+            if any(len(digits or "") > 9 for digits in found.group(1, 3)):
+                self.fail(f"has the repetition {_short(found[0])} beyond {MAX_COUNT}")
             low = int(found[1])
-            high = int(found[3] or low) if found[3] or not found[2] else inf
+            high = int(found[3]) if found[3] else inf if found[2] else low
             if low > high:
                 self.fail(f"has the repetition {found[0]} with bounds out of order")
             if max(count for count in (low, high) if count != inf) > MAX_COUNT:
@@ -394,7 +403,7 @@ class _RegexParser(PatternReader):
             if isinstance(low, int):
                 found.add(low, low)
             else:
-                found.join(low)
+                found.joined.append(low)
         self.at += 1
         return found.done(negated)
 
@@ -416,30 +425,37 @@ def _short(text: str) -> str:
 
 
 def _placed(node: Expr) -> ByPlace:
-    """``node`` without its anchors, by what they say."""
-    if not _has_anchor(node):
-        return {(False, False): node}
+    """``node`` without its anchors, by what they say; the node itself where it has none."""
+    if isinstance(node, Anchor):
+        return {(node.at == "^", node.at == "$"): EMPTY}
+    if not isinstance(node, Seq | Alt | Repeat):
+        return {_ANYWHERE: node}
+    items = list(map(_placed, node.items))
+    kept = [_is_kept(item, made) for item, made in zip(node.items, items, strict=True)]
+    if all(kept):
+        return {_ANYWHERE: node}
     match node:
-        case Anchor(at):
-            return {(at == "^", at == "$"): EMPTY}
         case Seq():
-            runs = [
-                (anchored, tuple(items)) for anchored, items in groupby(node.items, _has_anchor)
-            ]
-            split = [items if anchored else (seq(*items),) for anchored, items in runs]
-            return reduce(_followed, map(_placed, chain.from_iterable(split)))
+            found: list[ByPlace] = []
+            for is_kept, run in groupby(zip(kept, items, node.items, strict=True), itemgetter(0)):
+                some = list(run)
+                if is_kept:
+                    found.append({_ANYWHERE: seq(*(item for _, _, item in some))})
+                else:
+                    found += (made for _, made, _ in some)
+            return reduce(_followed, found)
         case Alt():
-            return _gathered(pair for item in node.items for pair in _placed(item).items())
+            return _gathered(pair for made in items for pair in made.items())
         case Repeat(low=0, high=1):
-            return _placed(Alt((EMPTY, node.item)))
+            return _gathered([(_ANYWHERE, EMPTY), *items[0].items()])
         case Repeat(low=1, high=1):
-            return _placed(node.item)
-        case _:
+            return items[0]
+        case Repeat():
             raise RequestError("the regular expression repeats an anchor, which cannot be enforced")
 
 
-def _has_anchor(node: Expr) -> bool:
-    return any(isinstance(part, Anchor) for part in parts(node))
+def _is_kept(node: Expr, made: ByPlace) -> bool:
+    return made.get(_ANYWHERE) is node
 
 
 def _followed(one: ByPlace, other: ByPlace) -> ByPlace:
@@ -457,16 +473,18 @@ def _followed(one: ByPlace, other: ByPlace) -> ByPlace:
 
 
 def _gathered(found: Iterable[tuple[tuple[bool, bool], Expr]]) -> ByPlace:
-    alternatives: dict[tuple[bool, bool], dict[Expr, None]] = {}
+    # by identity, since to compare whole expressions takes long
+    alternatives: dict[tuple[bool, bool], dict[int, Expr]] = {}
     for place, inner in found:
-        alternatives.setdefault(place, {})[inner] = None
-    return {place: alt(*inners) for place, inners in alternatives.items()}
+        inner = EMPTY if inner == EMPTY else inner
+        alternatives.setdefault(place, {})[id(inner)] = inner
+    return {place: alt(*inners.values()) for place, inners in alternatives.items()}
 
 
 def _written(node: Expr, quoted: bool) -> str:
     match node:
         case Chars():
-            return _chars(node) if quoted else node.text
+            return _chars(node) if quoted else in_case(node, node.text)
         case Seq():
             return "".join(_written(item, quoted) for item in node.items)
         case Alt(items=()):
@@ -481,8 +499,8 @@ def _written(node: Expr, quoted: bool) -> str:
 
 def _chars(node: Chars) -> str:
     if not node.special:
-        return node.text
+        return in_case(node, node.text)
     spelled = _ALL_SPELLED
     if node.special != SPECIAL:
         spelled = "|".join(_SPELLED[code] for code in sorted(node.special))
-    return f"(?:[{node.text}--{_NOT_PLAIN}]|{spelled})"
+    return f"(?:{in_case(node, f'[{node.text}--{_NOT_PLAIN}]')}|{spelled})"

@@ -13,10 +13,12 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class Chars:
-    """One character of a class: the engine's text of it, and what is in it that JSON must spell."""
+    """One character of a class: the engine's text of it, what is in it that JSON must spell, and
+    whether letters stand for both cases."""
 
     text: str
     special: frozenset[int] = frozenset()
+    any_case: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,11 @@ def _pruned(part: Expr, ending: set[str]) -> Expr:
     return rebuilt(part, lambda item: _pruned(item, ending))
 
 
+def in_case(chars: Chars, text: str) -> str:
+    """The engine's ``text`` of some of ``chars``, in both cases where they are."""
+    return f"(?i:{text})" if chars.any_case else text
+
+
 def times(low: int, high: float) -> str:
     """How often, in the engine's notation."""
     count = f"{{{low},{'' if high == inf else high}}}"
@@ -191,7 +198,7 @@ def _text(part: Expr, names: dict[str, str], terminals: dict[str, str]) -> str:
         case RuleRef():
             return names[part.name]
         case Chars():
-            return terminals.setdefault(f"/{part.text}/", f"T{len(terminals)}")
+            return terminals.setdefault(f"/{in_case(part, part.text)}/", f"T{len(terminals)}")
         case Term():
             return terminals.setdefault(part.text, f"T{len(terminals)}")
         case Seq():

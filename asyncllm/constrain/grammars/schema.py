@@ -29,7 +29,7 @@ from asyncllm.constrain.grammars.atoms import (
     number,
     same,
 )
-from asyncllm.constrain.grammars.document import FALSE, TRUE, Document
+from asyncllm.constrain.grammars.document import FALSE, TRUE, TYPES, Document
 from asyncllm.constrain.grammars.formats import FORMATS, UNENFORCED
 from asyncllm.constrain.grammars.jsontext import dump
 from asyncllm.constrain.grammars.terms import raw_form
@@ -38,7 +38,6 @@ from asyncllm.errors import RequestError
 from asyncllm.plain import Json, JsonObject, T, typed
 
 MAX_WORK: Final = 10_000  # combinations of alternatives that are looked at
-TYPES: Final = ("null", "boolean", "integer", "number", "string", "array", "object")
 
 Matches = Callable[[str, str], bool]
 
@@ -48,10 +47,13 @@ class SchemaResolver:
 
     Args:
         matches: whether a text is all of the form of a terminal; raises RequestError.
+        check_time: raises RequestError once all this has taken too long.
     """
 
-    def __init__(self, document: Document, matches: Matches) -> None:
-        self.document, self._matches = document, matches
+    def __init__(
+        self, document: Document, matches: Matches, check_time: Callable[[], None]
+    ) -> None:
+        self.document, self._matches, self._check_time = document, matches, check_time
         self._known: dict[Schemas, tuple[Atom, ...]] = {}
         self._alone: dict[int, tuple[Atom, ...]] = {}
         self._open: set[int] = set()
@@ -135,14 +137,7 @@ class SchemaResolver:
 
     def _own(self, node: JsonObject) -> tuple[Atom, ...]:
         """What the keywords say that hold no schemas for the same value."""
-        told = node.get("type", "any")
-        told = [told] if isinstance(told, str) else told
-        if not isinstance(told, list):
-            self.document.fail(node, "has a type that is neither a string nor a list of them")
-        types = TYPES if "any" in told else tuple(map(str, told))
-        if bad := [name for name in types if name not in TYPES]:
-            self.document.fail(node, f"has the unknown type {bad[0][:40]!r}")
-        free = self._of_types(types, node)
+        free = self._of_types(self.document.types(node), node)
         values = self._said(node, "enum", list, "an enum that is no list", [])
         if "const" in node:
             values = [v for v in values if same(v, node["const"])] if values else [node["const"]]
@@ -342,6 +337,7 @@ class SchemaResolver:
 
     def _is_narrow(self, schema: Json) -> bool:
         """Whether ``schema``, or what it refers to, contains a negation."""
+        self._check_time()
         waiting, seen = [schema], set[int]()
         while waiting:
             one = waiting.pop()
@@ -375,6 +371,8 @@ class SchemaResolver:
 
     def _closed(self, node: JsonObject, atom: Atom) -> Atom:
         """``unevaluated*`` speak of what no schema for the same value has spoken of."""
+        if isinstance(atom, Const):
+            self._check_closed(node, atom.value)
         if isinstance(atom, Object) and "unevaluatedProperties" in node:
             layers = [layer for layer in atom.layers if not layer.opposite]
             if any(layer.others is not None for layer in layers):
@@ -397,9 +395,19 @@ class SchemaResolver:
             return atom if atom.said else replace(atom, rest=atom.rest | rest, said=True)
         return atom
 
+    def _check_closed(self, node: JsonObject, value: Json) -> None:
+        """Refuse a value of which it is not known what has been spoken of."""
+        if isinstance(value, list) and value and not isinstance(node.get("items"), bool | dict):
+            self._refuse(node, "unevaluatedItems")
+        if isinstance(value, dict) and "additionalProperties" not in node:
+            named = node.get("properties")
+            if not value.keys() <= (named.keys() if isinstance(named, dict) else set()):
+                self._refuse(node, "unevaluatedProperties")
+
     # -- alternatives -------------------------------------------------------------------------
 
     def _spend(self, work: int) -> None:
+        self._check_time()
         self._work -= work
         if self._work < 0:
             raise RequestError(
@@ -407,9 +415,9 @@ class SchemaResolver:
             )
 
     def _both(self, one: tuple[Atom, ...], other: tuple[Atom, ...]) -> tuple[Atom, ...]:
-        if one is self._anything:
+        if one == self._anything:
             return other
-        if other is self._anything:
+        if other == self._anything:
             return one
         self._spend(len(one) * len(other))
         found: dict[Atom, None] = {}

@@ -118,7 +118,7 @@ def number_term(atom: Number) -> str:
     ends = (atom.low[0], atom.low[1]), (atom.high[0], not atom.high[1])
     near = any(is_open and value not in (0, inf, -inf) for value, is_open in ends)
     if not atom.integer and (near or atom.fractional or atom.excluded):
-        text += r" & /-?[0-9]{1,9}(?:\.[0-9]{1,6})?/"
+        text += r" & /-?(?:[0-9]{1,9}(?:\.[0-9]{1,6})?|[0-9]{1,15})/"
     for value in sorted(atom.excluded):
         text += f" & ~/{numbers.spellings(value)}/"
     return text

@@ -78,10 +78,13 @@ class FeasibilityChecks:
     Attributes:
         matches: whether a text is all of the form of a terminal.
         some: whether a terminal matches any text at all.
+        check_time: raises RequestError once all this has taken too long.
     """
 
-    def __init__(self, matches: Matches, some: Callable[[str], bool]) -> None:
-        self.matches, self.some = matches, some
+    def __init__(
+        self, matches: Matches, some: Callable[[str], bool], check_time: Callable[[], None]
+    ) -> None:
+        self.matches, self.some, self.check_time = matches, some, check_time
 
 
 def schema_grammar(text: str, possible: FeasibilityChecks) -> str:
@@ -107,8 +110,8 @@ class RuleWriter:
     ) -> None:
         self.marks = marks
         self.document = Document(load(text))
-        self.meaning = SchemaResolver(self.document, possible.matches)
-        self._some = possible.some
+        self.meaning = SchemaResolver(self.document, possible.matches, possible.check_time)
+        self._some, self._check_time = possible.some, possible.check_time
         self._name, self.root = name, f"{name}root"
         self.rules: Rules = {}
         self._values: dict[Schemas, str] = {}
@@ -127,6 +130,7 @@ class RuleWriter:
         """The rules that ``root`` needs, with itself. Raises RequestError: it cannot be."""
         self.rules[self.root] = root
         while self._waiting:
+            self._check_time()
             schemas = self._waiting.pop()
             self.rules[self._values[schemas]] = self.any_of(self.meaning.atoms(schemas))
         rules = finite(self.rules, self.root)
@@ -164,6 +168,7 @@ class RuleWriter:
 
     def rule(self, node: Expr) -> RuleRef:
         """A separate rule."""
+        self._check_time()
         if len(self.rules) >= MAX_RULES:
             raise RequestError(f"the JSON schema needs more than {MAX_RULES} rules: simplify it")
         name = f"{self._name}x{len(self.rules)}"
@@ -258,8 +263,12 @@ class RuleWriter:
 
     def fields(self, atom: Object) -> list[tuple[str, Schemas, bool]]:
         """Properties with a name: name, what must hold for the value, whether it must be there."""
-        names = dict.fromkeys(name for layer in atom.layers for name, _ in layer.named)
-        named = [dict(layer.named) for layer in atom.layers]
+        said: dict[str, list[Schemas]] = {}
+        for layer in atom.layers:
+            for name, schemas in layer.named:
+                said.setdefault(name, []).append(schemas)
+        closed = [({name for name, _ in la.named}, la.others) for la in atom.layers if la.others]
+        names = dict.fromkeys(said)
         simple = not any(layer.patterns for layer in atom.layers)
         if atom.names and atom.low > 1:  # names that are counted on must differ: they get an order
             names |= dict.fromkeys(self._told(atom))
@@ -268,10 +277,8 @@ class RuleWriter:
         found = []
         for name in names:
             if simple:
-                holds = [
-                    _held(told, name, layer) for told, layer in zip(named, atom.layers, strict=True)
-                ]
-                schemas: Schemas = FREE.union(*holds)
+                others = (held for known, held in closed if name not in known)
+                schemas = FREE.union(*said.get(name, ()), *others)
             else:
                 schemas = self.meaning.of_key(name, atom.layers)
             if atom.names and not self.meaning.fits(name, atom.names):
@@ -337,32 +344,33 @@ class RuleWriter:
         """
         low, high = atom.low, atom.high
         top = max(low, 1) if high == inf else int(high)
-        if len(pairs) * (top + 1) > MAX_RULES or top > MAX_RULES:
+        most_pairs = min(top, len(pairs))
+        if len(pairs) * (most_pairs + 1) > MAX_RULES or top > MAX_RULES:
             raise RequestError(
                 f"the JSON schema counts {len(pairs)} properties up to {top}: too many rules"
             )
-        tails: list[Expr] = [EMPTY if count >= low else NOTHING for count in range(top + 1)]
+        tails: list[Expr] = [EMPTY if count >= low else NOTHING for count in range(most_pairs + 1)]
         if other is not None:
-            tails = self._tails(atom, top, other, comma, most)
+            tails = self._tails(atom, most_pairs, other, comma, most)
         for pair, needed in reversed(pairs):
             new: list[Expr] = []
-            for count in range(top + 1):
+            for count in range(most_pairs + 1):
                 begun = min(count + 1, top) if high == inf else count + 1
                 choices = [] if needed or tails[count] == NOTHING else [tails[count]]
-                if begun <= top and tails[begun] != NOTHING:
+                if begun <= most_pairs and tails[begun] != NOTHING:
                     choices.insert(0, seq(*((comma,) if count else ()), pair, tails[begun]))
                 new.append(self.rule(alt(*choices)) if choices else NOTHING)
             tails = new
         return tails[0]
 
     def _tails(
-        self, atom: Object, top: int, other: Callable[[str], Expr], comma: Expr, most: float
+        self, atom: Object, most_pairs: int, other: Callable[[str], Expr], comma: Expr, most: float
     ) -> list[Expr]:
         """What may follow the pairs with a name, by how many there have been."""
         free = self.rule(other(""))
         more = seq(comma, free)
         tails: list[Expr] = []
-        for count in range(top + 1):
+        for count in range(most_pairs + 1):
             missing = max(atom.low - count, 0)
             room = most if atom.high == inf else atom.high - count - missing
             parts: list[Expr] = []
@@ -376,11 +384,6 @@ class RuleWriter:
                 some = seq(free, Repeat(more, 0, room - 1))
                 tails.append(alt(EMPTY, some) if room > 0 else EMPTY)
         return tails
-
-
-def _held(told: dict[str, Schemas], name: str, layer: Layer) -> Schemas:
-    found = told.get(name)
-    return found if found is not None else layer.others or FREE
 
 
 def _of_others(layer: Layer, matched: set[str]) -> Schemas:
