@@ -238,7 +238,8 @@ class HttpRoutes:
             await exchange.done
             if exchange.error is not None:
                 raise exchange.error
-            body = exchange.reply.whole()
+            whole = exchange.reply.whole
+            body = await asyncio.to_thread(whole) if exchange.answer.is_long else whole()
             status = 200
             response = _json(body)
             _say_omitted(response, generation)
@@ -291,8 +292,12 @@ class HttpRoutes:
         served = self._front.served
         text, special, chat, wants = tokenize.tokenize(await self._body(request), served)
         ids = await self._front.token_ids(text, special, chat, request[CLIENT])
-        texts = await asyncio.to_thread(self._front.vocab.spell, ids) if wants else None
-        return _json(sse.body(tokenize.tokenized(ids, texts, served)))
+
+        def answer() -> bytes:
+            texts = self._front.vocab.spell(ids) if wants else None
+            return sse.body(tokenize.tokenized(ids, texts, served))
+
+        return _json(await asyncio.to_thread(answer))
 
     async def _detokenize(self, request: web.Request) -> web.StreamResponse:
         ids = tokenize.detokenize(await self._body(request), self._front.served)

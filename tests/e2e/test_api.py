@@ -7,14 +7,17 @@ import functools
 import json
 import logging
 import re
+import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import aiohttp
 import pytest
 import uvloop
 
+from asyncllm.api.common import sse
 from asyncllm.core.request import FinishReason, SamplingParams
 from asyncllm.messages import (
     FRONTEND_SHIFT,
@@ -300,6 +303,36 @@ async def test_scoring_a_prompt(server: Server) -> None:
     assert choice["logprobs"]["token_logprobs"] == [None, -0.25]
     params = server.model.asked[0].params
     assert (params.max_new_tokens, params.prompt_logprobs) == (0, 1)
+
+
+@live()
+async def test_a_long_answer_is_rendered_beside_the_loop(server: Server) -> None:
+    """With something of each of many tokens it takes seconds; other streams must go on."""
+    here, real, aside = threading.get_ident(), sse.body, list[bool]()
+
+    def body(value: object) -> bytes:
+        aside.append(threading.get_ident() != here)
+        return real(value)
+
+    ids, most = [104] * 600, {"max_tokens": 1}
+    native = {"inputs": ids, "parameters": {"max_new_tokens": 390, "prompt_logprobs": 1}}
+    long = [
+        (COMPLETIONS, {"prompt": ids, "echo": True, "n": 2, **most}),
+        (COMPLETIONS, {"prompt": [ids, ids], "return_token_ids": True, **most}),
+        (COMPLETIONS, {"prompt": ids, "n": 3, "logprobs": 0, "max_tokens": 390}),
+        (CHAT, {"messages": HI, "logprobs": True, "n": 2, "max_tokens": 600}),
+        ("/tokenize", {"prompt": "hi"}),
+    ]
+    short = [
+        (COMPLETIONS, {"prompt": ids, "n": 2, **most}),
+        (CHAT, {"messages": HI, "n": 2, "max_tokens": 600}),
+        ("/generate", native),
+    ]
+    with patch.object(sse, "body", body):
+        for path, asked in long + short:
+            status, _ = await server.post(path, asked)
+            assert status == 200
+    assert aside == [True] * len(long) + [False] * len(short)
 
 
 @live()

@@ -20,6 +20,7 @@ from asyncllm.messages import TextDelta
 from asyncllm.records import Logprobs
 
 MOST_LOST: Final = 16  # characters between two tokens that a tokenizer may leave out
+LONG: Final = 1024  # tokens that an answer may tell something of before a thread renders it
 LEAST_LOGPROB: Final = -9999.0  # in place of -inf, which JSON does not have
 REASONS: Final = {
     FinishReason.STOP: "stop",
@@ -187,6 +188,18 @@ class Answer:
         if given is None or prompt_idx in self.truncated:
             return self.vocab.decode(self.prompts[prompt_idx])
         return given
+
+    @property
+    def is_long(self) -> bool:
+        """Whether rendering it takes longer than the event loop can wait: it says something of each
+        of many tokens."""
+        generation, num = self.generation, 0
+        params, ids = generation.params, generation.token_ids
+        if generation.echo or ids or params.prompt_logprobs >= 0:
+            num += sum(len(self.prompts[choice.prompt_idx]) for choice in self.choices)
+        if ids or params.logprobs >= 0:
+            num += sum(choice.num_tokens for choice in self.choices)
+        return num > LONG
 
     def usage(self, choice: Choice | None = None) -> dict[str, Any]:
         """Tokens used by all choices, or by one; a prompt counts once for its n choices."""

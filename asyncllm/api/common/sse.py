@@ -6,6 +6,7 @@ Knows bytes; knows no protocol.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from json.encoder import encode_basestring  # the C function where CPython has it
 from typing import Final
 
@@ -14,6 +15,7 @@ from asyncllm.errors import RequestError
 
 DONE: Final = b"data: [DONE]\n\n"
 MARK: Final = "\ue000text\ue001"  # a hole in a ChunkTemplate
+SLICE: Final = 256  # elements of an array that become JSON at once
 KEEP_ALIVE: Final = b": keep-alive\n\n"  # a comment, which clients skip
 
 
@@ -23,8 +25,39 @@ def dumps(value: object) -> str:
 
 
 def body(value: object) -> bytes:
-    """Compact JSON as UTF-8; lone surrogates become "?"."""
+    """Compact JSON as UTF-8; lone surrogates become "?".
+
+    Long arrays are written in slices: ``json.dumps`` lets no other thread run until it is done.
+    """
+    if _has_long_array(value):
+        return b"".join(part.encode("utf-8", "replace") for part in _slices(value))
     return dumps(value).encode("utf-8", "replace")
+
+
+def _has_long_array(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_long_array, value.values()))
+    return isinstance(value, list) and (len(value) > SLICE or any(map(_has_long_array, value)))
+
+
+def _slices(value: object) -> Iterator[str]:
+    """The text of ``dumps`` in parts."""
+    if isinstance(value, dict) and value:
+        for i, (name, inner) in enumerate(value.items()):
+            yield f"{',' if i else '{'}{dumps(name)}:"
+            yield from _slices(inner)
+        yield "}"
+    elif isinstance(value, list) and len(value) > SLICE:
+        for i in range(0, len(value), SLICE):
+            yield ("," if i else "[") + dumps(value[i : i + SLICE])[1:-1]
+        yield "]"
+    elif isinstance(value, list) and value:
+        for i, inner in enumerate(value):
+            yield "," if i else "["
+            yield from _slices(inner)
+        yield "]"
+    else:
+        yield dumps(value)
 
 
 def head(name: str) -> bytes:

@@ -83,7 +83,7 @@ class TgiReply(NativeReply):
         return sse.event(out, HEAD)
 
     def _text(self, choice: Choice) -> str:
-        return (self.answer.prompt_text(0) if self._asked.full_text else "") + choice.text
+        return (self.answer.prompt_text(0) if self.answer.generation.echo else "") + choice.text
 
     def _sequence(self, choice: Choice) -> dict[str, object]:
         """One of LightLLM's ``beam_sequences``."""

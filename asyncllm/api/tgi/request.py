@@ -6,7 +6,7 @@ request bodies; answers are in :mod:`asyncllm.api.tgi.reply`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Field
@@ -125,13 +125,11 @@ class TgiRequest:
     """A checked request.
 
     Args:
-        full_text: the prompt goes before the text.
         prefill: the prompt's tokens are wanted in the details.
         prompt_scores: the prompt's log-probabilities are wanted as LightLLM gives them.
     """
 
     generation: GenerationRequest
-    full_text: bool
     prefill: bool
     prompt_scores: bool
 
@@ -170,8 +168,7 @@ def generate(body: Body, served: ServedModel, *, stream: bool) -> TgiRequest:
         truncate=parameters.truncate or 0,
     )
     return TgiRequest(
-        generation=generation,
-        full_text=parameters.return_full_text,
+        generation=replace(generation, echo=parameters.return_full_text),
         prefill=prefill,
         prompt_scores=scored >= 0,
     )

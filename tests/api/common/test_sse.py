@@ -50,3 +50,27 @@ def test_no_character_of_a_text_ends_a_line() -> None:
         said = json.loads(line.partition(":")[2])
         texts = said.values() if isinstance(said, dict) else [said]
         assert all(text in (LINES, [LINES]) for text in texts)
+
+
+def test_long_arrays_are_written_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is done in a short time, and other threads run between them."""
+    rows: list[object] = [{"t": "é\u2028", "p": [None, -0.5], "o": {}} for _ in range(1000)]
+    values: list[object] = [
+        {"a": rows, "é": "x", "e": [], "n": None, "o": {"inner": [[list(range(600))], {}]}},
+        [[rows, 1], "b"],
+        list(range(sse.SLICE)),
+        list(range(sse.SLICE + 1)),
+        {"usage": {"n": 1}, "choices": [{"text": "a"}]},
+        [],
+    ]
+    whole = [sse.dumps(value).encode() for value in values]
+    longest: list[int] = []
+    real = json.dumps
+
+    def watched(value: object, **options: object) -> str:
+        longest.append(len(value) if isinstance(value, list) else 1)
+        return real(value, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(json, "dumps", watched)
+    assert [sse.body(value) for value in values] == whole
+    assert max(longest) == sse.SLICE

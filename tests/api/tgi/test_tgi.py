@@ -58,7 +58,7 @@ def test_parameters_mean_what_they_mean_there() -> None:
     assert (params.seed, params.stop, params.logprobs) == (2**64 - 1, ("x",), 2)
     assert (params.temperature, params.max_new_tokens, params.prompt_logprobs) == (0.5, 4, 0)
     assert params.grammar == ("schema", '{"type": "object"}')
-    assert (asked.full_text, asked.prefill, asked.prompt_scores) == (True, True, False)
+    assert (asked.generation.echo, asked.prefill, asked.prompt_scores) == (True, True, False)
     regex = ask(grammar={"type": "regex", "value": "[ab]"}, prompt_logprobs=2)
     assert regex.generation.params.grammar == ("regex", "[ab]")
     assert (regex.generation.params.prompt_logprobs, regex.prompt_scores) == (2, True)
