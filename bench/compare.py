@@ -99,8 +99,11 @@ def opened(server: str, timeout_s: float) -> Iterator[tuple[str, float | None]]:
         return
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    own = shlex.split(server)[0] == "asyncllm"
-    with serve.server(server, url) if own else foreign(server, port, timeout_s) as start_s:
+    if shlex.split(server)[0] == "asyncllm":
+        with serve.server(server, url) as ready:
+            yield url, ready.seconds
+        return
+    with foreign(server, port, timeout_s) as start_s:
         yield url, start_s
 
 

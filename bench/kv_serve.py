@@ -60,9 +60,9 @@ def measure(a: argparse.Namespace, mode: str, port: int) -> Figures:
     named = "" if mode == "none" else f" --mode {mode.replace('+', ' ')}"
     if a.quant_types:
         named = f" --quant_type {mode}"
-    with serve.server(f"{a.server}{named}", url) as ready_s:
+    with serve.server(f"{a.server}{named}", url) as ready:
         found: Figures = {
-            "ready_s": round(ready_s, 1),
+            "ready_s": round(ready.seconds, 1),
             "slots": metric(url, "asyncllm_kv_slots_total"),
         }
         for name in a.loads:

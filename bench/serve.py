@@ -26,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 if __name__ == "__main__":
@@ -168,6 +169,8 @@ def table(figures: Figures) -> str:
     lines = [f"{figures['tag']}: {work}" if figures["tag"] else work, ""]
     if "start_s" in figures:
         lines.append(f"server ready after    {figures['start_s']:>10.1f} s")
+    if "cpu_us" in figures:
+        lines.append(f"CPU of the server     {figures['cpu_us']:>10.1f} us per output token")
     lines.append(f"answers               {figures['ok']:>10} in {figures['wall_s']:.1f} s")
     lines += [f"  failed, {kind:<12} {count:>10}" for kind, count in figures["errors"].items()]
     if figures["first_error"]:
@@ -237,9 +240,16 @@ def running(
             process.stdout.close()
 
 
+class Started(NamedTuple):
+    """A server that is ready."""
+
+    seconds: float  # that it took
+    pid: int  # of its first process
+
+
 @contextlib.contextmanager
-def server(arguments: str, url: str) -> Iterator[float]:
-    """An asyncllm server with ``arguments`` on ``url`` for the time of the block; gives the seconds until ready.
+def server(arguments: str, url: str) -> Iterator[Started]:
+    """An asyncllm server with ``arguments`` on ``url`` for the time of the block.
 
     Its log goes to this process's stderr.
 
@@ -257,7 +267,7 @@ def server(arguments: str, url: str) -> Iterator[float]:
         assert process.stdout is not None
         if b"ready" not in process.stdout.readline():  # its one line, or the end of its output
             raise BenchError(f"the server ended with exit code {process.wait(STOP_S)}")
-        yield time.perf_counter() - begin
+        yield Started(time.perf_counter() - begin, process.pid)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -318,19 +328,36 @@ def check(a: argparse.Namespace) -> None:
         raise BenchError(MISSING)
 
 
-def bench(a: argparse.Namespace) -> Figures:
+def cpu_s(pid: int) -> float:
+    """CPU seconds of all threads of a process so far, of user and system."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def bench(a: argparse.Namespace, pid: int = 0) -> Figures:
     """Warm up, run the load, write the files; the figures.
+
+    Args:
+        pid: of the server's first process, for ``cpu_us``: its CPU time per output token; 0: that
+            of ``--server``, if any.
 
     Raises:
         BenchError: the server did not start, or failed a warm-up request.
     """
     with contextlib.ExitStack() as stack:
-        ready_s = stack.enter_context(server(a.server, a.url)) if a.server is not None else None
+        ready = None
+        if a.server is not None:
+            ready = stack.enter_context(server(a.server, a.url))
+            pid = ready.pid
         warm_up(a)
+        before = cpu_s(pid) if pid else 0.0
         records = measure(a)
+        spent = cpu_s(pid) - before if pid else 0.0
     figures = summary(a, records)
-    if ready_s is not None:
-        figures["start_s"] = round(ready_s, 2)
+    if pid and figures["output_tokens"]:
+        figures["cpu_us"] = round(1e6 * spent / figures["output_tokens"], 1)
+    if ready is not None:
+        figures["start_s"] = round(ready.seconds, 2)
     requests = requests_table(records, a.sla)
     if a.json:
         a.json.write_text(json.dumps({**figures, "requests": requests}, indent=1) + "\n")

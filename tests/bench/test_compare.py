@@ -131,9 +131,9 @@ def test_a_command_is_started_for_each_of_its_turns(monkeypatch: pytest.MonkeyPa
     seen: list[str] = []
 
     @contextmanager
-    def server(*args: Any) -> Iterator[float]:
+    def server(*args: Any) -> Iterator[serve.Started | float]:
         seen.append(f"start {args[0]}")
-        yield 1.5
+        yield serve.Started(1.5, 0) if len(args) == 2 else 1.5
         seen.append("stop")
 
     def run(url: str, options: str, seed: int, *more: str) -> Figures:

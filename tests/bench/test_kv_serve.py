@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,11 +19,11 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
 
     @contextmanager
-    def server(arguments: str, url: str) -> Iterator[float]:
+    def server(arguments: str, url: str) -> Iterator[serve.Started]:
         seen.append(arguments)
-        yield 1.5
+        yield serve.Started(1.5, os.getpid())
 
-    def bench(a: Any) -> Figures:
+    def bench(a: Any, pid: int) -> Figures:
         again = a.out == 1 and f"{a.n} again" in seen
         seen.append(f"{a.n} again" if a.out == 1 else f"load of {a.n}")
         speed = 150.0 if any("int8" in word for word in seen) else 100.0
@@ -62,6 +63,6 @@ def test_slots_are_filled_and_found_again(
 def test_bad_answers_end_it(
     started: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(serve, "bench", lambda a: {"errors": {"timeout": 3}, "short": 0})
+    monkeypatch.setattr(serve, "bench", lambda a, pid: {"errors": {"timeout": 3}, "short": 0})
     assert kv_serve.main(["--server", "", "--modes", "none"]) == 2
     assert "{'timeout': 3}, 0 short answers" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -289,9 +290,9 @@ def test_a_server_lives_as_long_as_its_load(
     seen: list[str] = []
 
     @contextmanager
-    def server(arguments: str, url: str) -> Iterator[float]:
+    def server(arguments: str, url: str) -> Iterator[serve.Started]:
         seen.append(arguments)
-        yield 1.5
+        yield serve.Started(1.5, os.getpid())
         seen.append("stopped")
 
     def measure(a: argparse.Namespace) -> list[Record]:
