@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
-from asyncllm.engine.build import GRAPH_CHUNK, GRAPH_DECODE_ROWS, build_model, warm_up
+from asyncllm.engine.build import build_model, warm_up
 from asyncllm.engine.device import CudaDevice
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.graphs import SHARED_SIZES, Capture, decode_sizes, mixed_sizes
@@ -124,14 +124,14 @@ def timed_capture(stream: torch.cuda.Stream, way: str, loads: Loads, spent: list
     return capture
 
 
-def capture_all(device: CudaDevice, way: str, loads: Loads, most_tokens: int) -> str:
+def capture_all(device: CudaDevice, way: str, loads: Loads, chunk: int) -> str:
     """Capture all graphs in this way; a line of the table."""
     spent: list[Spent] = []
     stream = device._stream
     stream.synchronize()
     begin = time.perf_counter()
     with torch.cuda.stream(stream):
-        device.engine.capture(timed_capture(stream, way, loads, spent), most_tokens)
+        device.engine.capture(timed_capture(stream, way, loads, spent), chunk)
     host = time.perf_counter() - begin
     stream.synchronize()
     whole = time.perf_counter() - begin
@@ -150,14 +150,14 @@ def capture_all(device: CudaDevice, way: str, loads: Loads, most_tokens: int) ->
     return "\n".join(lines)
 
 
-def steps(num_rows: int, most_tokens: int) -> Iterator[StepPlan]:
+def steps(num_rows: int, chunk: int) -> Iterator[StepPlan]:
     """One of each bucket, filled to one token less than its size where that is possible."""
     rng = random.Random(0)
     kinds = [SamplingParams(temperature=0.0, logprobs=0), SamplingParams(temperature=1.0, seed=3)]
     kinds += [SamplingParams(temperature=0.9, top_p=0.8, seed=5, logprobs=0)]
     kinds += [SamplingParams(temperature=0.9, repetition_penalty=1.2, seed=7)]
     counts = [[1] * min(max(1, size - 1), NUM_LANES) for size in decode_sizes(num_rows)]
-    for size in mixed_sizes(most_tokens):
+    for size in mixed_sizes(chunk):
         rows = min(16, size // 4)
         left = size - 1 - rows
         counts.append([1] * rows + [left // 2, left - left // 2])
@@ -188,7 +188,7 @@ def steps(num_rows: int, most_tokens: int) -> Iterator[StepPlan]:
 Answers = list[tuple[list[int], list[float]]]
 
 
-def answers(device: CudaDevice, most_tokens: int) -> Answers:
+def answers(device: CudaDevice, chunk: int) -> Answers:
     """Tokens and log-probabilities of one step of each size; K/V and tables are the same before."""
     found: Answers = []
     engine = device.engine
@@ -199,7 +199,7 @@ def answers(device: CudaDevice, most_tokens: int) -> Answers:
                 tensor.normal_(generator=noise)
         for table in (engine.table, engine.history, engine.last_token):
             table.zero_()
-    for plan in steps(NUM_ROWS, most_tokens):
+    for plan in steps(NUM_ROWS, chunk):
         done = device.launch(plan).wait()
         chosen = [] if done.logprobs is None else list(done.logprobs.chosen)
         found.append((list(done.tokens), chosen))
@@ -265,24 +265,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quant_type", help="as the server's option")
     args = parser.parse_args(argv)
     device = make_device(args.model_dir, args.quant_type)
-    most = min(GRAPH_CHUNK, MAX_LEN // 2) + GRAPH_DECODE_ROWS
+    chunk = MAX_LEN // 2
     begin = time.perf_counter()
-    warm_up(device, GRAPH_CHUNK, max_len=MAX_LEN, graphs=False)
+    warm_up(device, chunk, max_len=MAX_LEN, graphs=False)
     print(f"warm-up steps: {time.perf_counter() - begin:.2f} s", flush=True)
     loads, monitor = Loads(), JitMonitor()
     loads.watch()
     table, found = [], dict[str, Answers]()
     for way in args.ways:
-        table.append(capture_all(device, way, loads, most))
+        table.append(capture_all(device, way, loads, chunk))
         print(table[-1], flush=True)
         warm_up(device, 16, max_len=MAX_LEN, graphs=False)
         monitor.arm()
         before = monitor.count
-        found[way] = answers(device, most)
+        found[way] = answers(device, chunk)
         print(f"{way}: {monitor.count - before} kernels compiled or loaded in steps by graphs")
-        print(f"{way}, once more: {differ(found[way], answers(device, most))}", flush=True)
+        print(f"{way}, once more: {differ(found[way], answers(device, chunk))}", flush=True)
     with without_graphs(device):
-        found["no graphs"] = answers(device, most)
+        found["no graphs"] = answers(device, chunk)
     first, *others = found
     told = [f"{first} and {other}: {differ(found[first], found[other])}" for other in others]
     print(

@@ -36,7 +36,8 @@ class BatchOptions:
     )  # fmt: skip
     chunked_prefill_size: int | None = flag(
         None, check=at_least(1),
-        help="maximum new tokens per request and step; default: 4096 on CUDA, 256 on CPU",
+        help="maximum new tokens per request and step, and per step while other requests decode; "
+        "default: 4096 on CUDA, 256 on CPU",
     )  # fmt: skip
     prefill_share: float = flag(
         1.0, check=lambda x: None if 0 < x <= 1 else "must be above 0 and at most 1",

@@ -112,8 +112,9 @@ class SchedulerCore(DraftScheduler):
             rows = self._draft(speculation, rows, min(budget, spare - len(rows)))
             budget = self.batch_max_tokens - len(rows)
         if rows:
-            # a decode waits for one chunk at most
-            budget = min(budget, self.chunk)
+            # a decode waits for one chunk at most, which full steps hold exactly: that size has a
+            # graph
+            budget = min(budget, max(self.chunk - len(rows), self.chunk // 2))
             if filling or self.waiting:
                 num_read = sum(lane.planned + 1 for _, lane, _ in rows)
                 room = prompt_room(len(rows), num_read)

@@ -38,7 +38,6 @@ from asyncllm.records import OpenedLane
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_KV_BYTES = 4 << 30  # default limit of the K/V cache on a CPU
-GRAPH_CHUNK, GRAPH_DECODE_ROWS = 2048, 256
 CUDA_RESERVE = 2 << 30  # context, cuBLAS workspace, graphs, fragmentation
 
 
@@ -430,9 +429,7 @@ def warm_up(
     with log.phase("warm-up steps"):
         _try_steps(device, num_tokens, max_len, in_step)
     if graphs and not isinstance(device, CpuDevice):
-        # including decode rows beside a chunk; a larger step takes longer on the GPU than its
-        # launch on the host
-        device.capture(min(num_tokens, GRAPH_CHUNK) + GRAPH_DECODE_ROWS)
+        device.capture(num_tokens)
         with log.phase("steps by graphs"):  # replays load some modules at their first use
             _try_steps(device, 16, max_len, in_step)
     elif device.engine.sharing.costs is not None:

@@ -157,10 +157,10 @@ class CudaDevice:
         self._last = span
         return CudaPending(work, host, span, before)
 
-    def capture(self, most_tokens: int) -> None:
+    def capture(self, chunk: int) -> None:
         """Make the engine's CUDA graphs; start-up only."""
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            self.engine.capture(cuda_capture(self._stream), most_tokens)
+            self.engine.capture(cuda_capture(self._stream), chunk)
         self._stream.synchronize()
 
     def close(self) -> None:

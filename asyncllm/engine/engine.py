@@ -126,13 +126,14 @@ class Engine:
             fixed=device.type != "cpu",
         )
 
-    def capture(self, capture: Capture, most_tokens: int) -> None:
-        """Make CUDA graphs for decode steps, and for mixed steps up to ``most_tokens`` tokens.
+    def capture(self, capture: Capture, chunk: int) -> None:
+        """Make CUDA graphs for decode steps, and for mixed ones up to the full step of ``chunk``
+        tokens.
 
         Every rank must call this at the same time, while no step is in flight.
         """
         hidden = zeros((self.num_rows, self.model.hidden_size), self.model.site.dtype, self.device)
-        decoder = DecoderGraphs(self.num_rows, most_tokens, shares=self.sharing.costs is not None)
+        decoder = DecoderGraphs(self.num_rows, chunk, shares=self.sharing.costs is not None)
         sampler = SamplerGraphs(hidden)
         with log.phase(f"capture {len(decoder.all())} graphs of the decoder"):
             decoder.capture(capture, self._uploader, self._forward)

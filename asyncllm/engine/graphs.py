@@ -23,6 +23,11 @@ from asyncllm.engine.step_inputs import Bucket, StepColumns, StepRows
 MAX_PREFILL_ROWS = 32
 MAX_DECODE_ROWS = 1024  # per decode step
 MIXED_DECODE_ROWS = 512  # per mixed step
+MIXED_PADDING = 128  # least tokens of padding that cost more than launching kernel by kernel
+GRAPH_CHUNK, GRAPH_DECODE_ROWS = (
+    2048,
+    256,
+)  # the tokens up to which mixed steps of any size have one
 SHARED_SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768)  # decode steps with shared prefixes
 
 K = TypeVar("K", bound=Hashable)
@@ -88,10 +93,14 @@ def decode_sizes(most: int) -> list[int]:
     return [s for s in sizes if s < last] + [last]
 
 
-def mixed_sizes(most: int) -> list[int]:
-    """Tokens of the mixed buckets, up to a full chunk plus decode rows."""
-    sizes = [*range(64, 1280, 64), *range(1280, 1 << 16, 128)]
-    return [s for s in sizes if s < most] + [most]
+def mixed_sizes(chunk: int) -> list[int]:
+    """Tokens of the mixed buckets: any up to a limit, and those of a full step.
+
+    A step between the two takes longer on the GPU than its launch on the host.
+    """
+    most = min(chunk, GRAPH_CHUNK) + GRAPH_DECODE_ROWS
+    sizes = [*range(64, 1280, 64), *range(1280, most, MIXED_PADDING)]
+    return sorted({*(s for s in sizes if s < most), most, max(most, chunk)})
 
 
 class DecoderGraphs(GraphSet[Bucket, Tensor]):
@@ -99,13 +108,13 @@ class DecoderGraphs(GraphSet[Bucket, Tensor]):
 
     Args:
         most_rows: maximum decode rows per step.
-        most_tokens: tokens of the largest mixed step that is worth a graph.
+        chunk: tokens of a full mixed step.
         shares: decode rows may share prefix reads. Decode steps without groups then have graphs of
             their own, since the kernels for groups take time even if there are none; in mixed steps
             that is negligible.
     """
 
-    def __init__(self, most_rows: int, most_tokens: int, *, shares: bool = False) -> None:
+    def __init__(self, most_rows: int, chunk: int, *, shares: bool = False) -> None:
         super().__init__()
         self._decode = [Bucket(n, n, 0) for n in decode_sizes(most_rows)]
         last = self._decode[-1].num_tokens
@@ -113,7 +122,7 @@ class DecoderGraphs(GraphSet[Bucket, Tensor]):
         self._shared = [Bucket(n, n, 0, True) for n in sizes]
         self._mixed = [
             Bucket(n, min(n, most_rows, MIXED_DECODE_ROWS), MAX_PREFILL_ROWS, shares)
-            for n in mixed_sizes(most_tokens)
+            for n in mixed_sizes(chunk)
         ]
 
     def all(self) -> list[Bucket]:
@@ -153,4 +162,6 @@ class DecoderGraphs(GraphSet[Bucket, Tensor]):
     def _smallest(self, num_tokens: int, *, mixed: bool, shares: bool = False) -> Bucket | None:
         buckets = self._mixed if mixed else self._shared if shares else self._decode
         at = bisect_left(buckets, num_tokens, key=lambda b: b.num_tokens)
-        return buckets[at] if at < len(buckets) else None
+        if at == len(buckets) or (mixed and buckets[at].num_tokens - num_tokens >= MIXED_PADDING):
+            return None
+        return buckets[at]

@@ -65,9 +65,9 @@ class DryDevice:
         self.engine.execute(self.engine.prepare(plan))
         return DryPending(plan.step)
 
-    def capture(self, most_tokens: int) -> None:
+    def capture(self, chunk: int) -> None:
         """Run what would be captured once."""
-        self.engine.capture(lambda run: (lambda: None, run()), most_tokens)
+        self.engine.capture(lambda run: (lambda: None, run()), chunk)
 
 
 @dataclass(slots=True)

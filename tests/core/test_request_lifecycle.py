@@ -153,7 +153,7 @@ def test_the_lives_meet_what_they_are_for() -> None:
     """Preemption, eviction, hits and duplicates happen in such lives; else they prove little."""
     rng = random.Random(5)
     world = World(num_slots=70, num_lanes=9, batch_max_tokens=40, eos_ids={3}, headroom=0)
-    live(world, rng, 150, constrained=0.0)
+    live(world, rng, 250, constrained=0.0)
     world.check_end()
     assert world.core.preemptions > 3
     assert world.ledger.evicted_tokens > 100

@@ -106,7 +106,7 @@ def test_a_prompt_goes_in_chunks_and_samples_at_its_end() -> None:
     assert [len(s.plan.opened) for s in steps] == [1, 0, 0]
 
 
-def test_decode_rows_come_first_oldest_first_and_hold_prefill_to_one_chunk() -> None:
+def test_decode_rows_come_first_oldest_first_and_hold_the_step_to_one_chunk() -> None:
     core = make()
     add(core, 1, 4)
     add(core, 2, 4)
@@ -114,9 +114,18 @@ def test_decode_rows_come_first_oldest_first_and_hold_prefill_to_one_chunk() -> 
     add(core, 3, 10)
     add(core, 4, 60)
     mixed = step(core)
-    assert shape(mixed) == [(1, 1), (2, 1), (3, 10), (4, 6)]
+    assert shape(mixed) == [(1, 1), (2, 1), (3, 10), (4, 4)], "16 tokens"
     assert mixed.plan.num_decode == 2
     assert list(mixed.plan.tokens[:3]) == [-1, -1, 100]
+
+
+def test_many_decode_rows_leave_prompts_half_a_chunk() -> None:
+    core = make(chunked_prefill_size=4)
+    for rid in range(3):
+        add(core, rid, 1)
+    step(core)
+    add(core, 9, 60)
+    assert shape(step(core)) == [(0, 1), (1, 1), (2, 1), (9, 2)]
 
 
 def test_a_constraint_waits_only_while_its_mask_depends_on_tokens_to_come() -> None:

@@ -18,6 +18,8 @@ from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
 from asyncllm.engine.device import CudaDevice
 from asyncllm.engine.graphs import (
+    GRAPH_CHUNK,
+    GRAPH_DECODE_ROWS,
     MAX_DECODE_ROWS,
     MAX_PREFILL_ROWS,
     DecoderGraphs,
@@ -65,7 +67,7 @@ def test_sizes_rise_and_reach_the_most(most: int) -> None:
     for sizes in (decode_sizes(most), mixed_sizes(most)):
         assert sizes == sorted(set(sizes))
     assert decode_sizes(most)[-1] == min(most, MAX_DECODE_ROWS)
-    assert mixed_sizes(most)[-1] == most
+    assert mixed_sizes(most)[-1] == max(most, min(most, GRAPH_CHUNK) + GRAPH_DECODE_ROWS)
     waste = [b / (a + 1) for a, b in zip(decode_sizes(most), decode_sizes(most)[1:], strict=False)]
     assert all(w <= 2 for w in waste)
 
@@ -306,6 +308,20 @@ def test_groups_that_step_together_have_graphs_of_one_size() -> None:
         assert bucket.num_prefill == MAX_PREFILL_ROWS
     assert graphs.pick(decode, 5000, mixed=True) is None
     assert graphs.size(5000, mixed=True) == 5000
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "bucket"),
+    [(70, 128), (2304, 2304), (2305, None), (3968, None), (3969, 4096), (4096, 4096), (4097, None)],
+)
+def test_full_mixed_steps_have_a_graph_and_others_up_to_a_limit(
+    num_tokens: int, bucket: int | None
+) -> None:
+    rows = unpack(step(1, [70], [0]), 512, two_spaces=False)
+    graphs = DecoderGraphs(LANES, 4096)
+    picked = graphs.pick(rows, num_tokens, mixed=True)
+    assert (picked and picked.num_tokens) == bucket
+    assert graphs.size(num_tokens, mixed=True) == (bucket or num_tokens)
 
 
 def check_rows(given: RowColumns[torch.Tensor], rows: StepRows) -> None:
