@@ -307,7 +307,8 @@ class Agent(Actor[Inbox]):
         self._grammar.tell(
             CompileGrammar(
                 endpoint=self.system.endpoint, job=rid, kind=kind, text=text, client=msg.client
-            )
+            ),
+            urgent=True,
         )
 
     def _compiled(self, msg: GrammarReady) -> None:
@@ -321,7 +322,7 @@ class Agent(Actor[Inbox]):
             self._submit(task)
 
     def _submit(self, task: _Task) -> None:
-        self._scheduler.tell(self._submit_of(task.rid, task.msg))
+        self._scheduler.tell(self._submit_of(task.rid, task.msg), urgent=True)
 
     def _submit_of(self, rid: int, msg: Asked) -> Submit:
         return Submit(

@@ -96,10 +96,11 @@ class Balancer(Actor[Inbox]):
                         self._schedulers[group].tell(msg, urgent=True)
                     elif isinstance(msg, Abort) and msg.rid in self._orphans:
                         del self._orphans[msg.rid]
-                        self._detokenizer(msg.rid).tell(Finished(msg.rid, FinishReason.ABORT))
+                        end = Finished(msg.rid, FinishReason.ABORT)
+                        self._detokenizer(msg.rid).tell(end, urgent=True)
                 case CompileGrammar():  # any group may get a request with it
                     for leader in self._group_of:
-                        self.system.ref("grammar", leader).tell(msg)
+                        self.system.ref("grammar", leader).tell(msg, urgent=True)
                 case GroupProgress(leader, begun, ended):
                     if leader in self._group_of:
                         self.core.began(begun)
@@ -136,7 +137,7 @@ class Balancer(Actor[Inbox]):
             msg.rid, msg.prompt, after=msg.after, cached=msg.params.shares_prefix
         )
         self._submitted[msg.rid] = msg
-        self._schedulers[group].tell(msg)
+        self._schedulers[group].tell(msg, urgent=True)
 
     def _ended(self, rids: Iterable[int]) -> None:
         self.core.ended(rids)

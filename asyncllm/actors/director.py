@@ -268,7 +268,7 @@ class Director(Actor[Inbox]):
             self.system.ref("detokenizer", endpoint).tell(tokens)
         ended, core.ended = core.ended, []
         for end in ended:
-            self.system.ref("detokenizer", end.rid >> FRONTEND_SHIFT).tell(end)
+            self.system.ref("detokenizer", end.rid >> FRONTEND_SHIFT).tell(end, urgent=True)
         if (lacks := self.lacks) != self._told:
             self._told = lacks
             log.info("%s", lacks or "all nodes that are needed are there")

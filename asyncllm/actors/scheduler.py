@@ -29,7 +29,6 @@ from asyncllm.messages import (
     MAX_COUNT,
     Abort,
     BeginDecode,
-    CancelTransfer,
     ConstraintsAdvanced,
     Drain,
     Drained,
@@ -364,10 +363,10 @@ class Scheduler(Actor[Inbox]):
             return
         for msg in told:
             for transfer in self._transfers:
-                transfer.tell(msg, urgent=isinstance(msg, CancelTransfer))
+                transfer.tell(msg, urgent=True)
         for rid, hit, length in placed:
             at = ImportPlaced(rid=rid, leader=self.system.endpoint, hit=hit, length=length)
-            self._read(rid >> FRONTEND_SHIFT).tell(at)
+            self._read(rid >> FRONTEND_SHIFT).tell(at, urgent=True)
         told.clear()
         placed.clear()
 
@@ -424,7 +423,7 @@ class Scheduler(Actor[Inbox]):
         for end in ended:
             if (endpoint := end.rid >> FRONTEND_SHIFT) not in self._gone:
                 told = replace(end, endpoint=self.system.endpoint) if self._balanced else end
-                self._read(endpoint).tell(told)
+                self._read(endpoint).tell(told, urgent=True)
         if self._balanced and (begun or ended or left):
             # an abort may still arrive for one whose K/V are in transit
             over = [end.rid for end in ended if end.rid not in self.core.moves.outgoing]

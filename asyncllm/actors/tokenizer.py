@@ -462,15 +462,14 @@ class Tokenizer(Actor[Inbox]):
         if params.grammar is not None:
             kind, source = params.grammar
             job.compiling = set(self._leaders)
-            self.grammar.tell(
-                CompileGrammar(
-                    endpoint=self.system.endpoint,
-                    job=number,
-                    kind=kind,
-                    text=source,
-                    client=msg.client,
-                )
+            asked = CompileGrammar(
+                endpoint=self.system.endpoint,
+                job=number,
+                kind=kind,
+                text=source,
+                client=msg.client,
             )
+            self.grammar.tell(asked, urgent=True)
             return
         self._forget(number, job)
         self._submit(job, msg)
@@ -482,36 +481,34 @@ class Tokenizer(Actor[Inbox]):
         kept = ids[: len(ids) - job.dropped]
         healed = tuple(self._pieces(ids[len(kept) :]))
         for rid in job.alive:
-            self.detokenizer.tell(
-                OpenTextStream(
-                    rid=rid,
-                    prompt_tail=kept[-TAIL_TOKENS:],
-                    stop=params.stop,
-                    skip_special_tokens=params.skip_special_tokens,
-                    print_eos=params.print_eos,
-                    shown=msg.shown,
-                    stop_sequences=params.stop_sequences,
-                    healed=b"".join(healed),
-                    include_stop=params.include_stop,
-                )
+            opened = OpenTextStream(
+                rid=rid,
+                prompt_tail=kept[-TAIL_TOKENS:],
+                stop=params.stop,
+                skip_special_tokens=params.skip_special_tokens,
+                print_eos=params.print_eos,
+                shown=msg.shown,
+                stop_sequences=params.stop_sequences,
+                healed=b"".join(healed),
+                include_stop=params.include_stop,
             )
+            self.detokenizer.tell(opened, urgent=True)
         for i, rid in enumerate(msg.rids):
             if rid in job.alive:
                 own = replace(params, seed=_wrapped(params.seed + i))
                 after = -1 if rid == job.alive[0] else job.alive[0]
-                self.scheduler.tell(
-                    Submit(
-                        rid=rid,
-                        prompt=kept,
-                        params=own,
-                        thoughts=thoughts,
-                        after=after,
-                        healed=healed,
-                        client=msg.client,
-                        request_id=msg.request_id,
-                        prediction=job.prediction,
-                    )
+                submit = Submit(
+                    rid=rid,
+                    prompt=kept,
+                    params=own,
+                    thoughts=thoughts,
+                    after=after,
+                    healed=healed,
+                    client=msg.client,
+                    request_id=msg.request_id,
+                    prediction=job.prediction,
                 )
+                self.scheduler.tell(submit, urgent=True)
         self.frontend.tell(Accepted(msg.rids[0], ids, thoughts=thoughts, cut=job.cut))
 
     def _to_heal(self, ids: array[int], params: SamplingParams) -> int:

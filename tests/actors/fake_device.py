@@ -34,7 +34,18 @@ from asyncllm.core.window_radix import _is_unread
 from asyncllm.core.window_slots import WindowLedger
 from asyncllm.core.windows import Window
 from asyncllm.errors import RequestError
-from asyncllm.messages import Finished, StepDone, StepFinished, StepPlan, StopHit, Submit, Tokens
+from asyncllm.messages import (
+    ExportKv,
+    Finished,
+    ImportKv,
+    KvComputed,
+    StepDone,
+    StepFinished,
+    StepPlan,
+    StopHit,
+    Submit,
+    Tokens,
+)
 from asyncllm.records import Logprobs
 
 T = TypeVar("T")
@@ -457,6 +468,8 @@ class Mailbox:
     queue: list[Any] = field(default_factory=list)
 
     def tell(self, msg: Any, *, urgent: bool = False) -> None:
+        bounded_by_admission = Finished | ImportKv | ExportKv | KvComputed
+        assert urgent or not isinstance(msg, bounded_by_admission), "may be refused"
         msg = decode(encode(msg)) if self.encode_local else msg
         self.queue.append(msg)
 
