@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import chain
+from math import isinf
 from typing import Any, Final, NoReturn
 
 from asyncllm.api.parsing.scanner import Out, Run, Scanner
@@ -23,8 +25,9 @@ _CLOSES: Final = {"{": "}", "[": "]"}
 def read_value(s: Scanner, out: Out) -> Run[bool]:
     """Pass one JSON value, handing its text to ``out`` as it comes.
 
-    Returns False, at the first character that cannot be, if the text is no JSON, is cut, or is
-    nested deeper than MAX_DEPTH; what was handed on then is the beginning of a value.
+    Returns False, at the first character that cannot be, if the text is no JSON, is cut, is nested
+    deeper than MAX_DEPTH, or has a number beyond double precision, which readers take for infinity
+    or do not take; what was handed on then is the beginning of a value.
     """
     stack: list[str] = []
     expect = "value"  # or: first value, key, first key, colon, rest
@@ -91,11 +94,17 @@ def escaped(text: str) -> str:
 
 
 def loads(text: str) -> Any:
-    """A JSON value by the letter of the standard: no NaN. Raises ValueError."""
+    """A JSON value as :func:`read_value` has it: no NaN, nothing infinite or too deep.
+    Raises ValueError."""
     try:
-        return json.loads(text, parse_constant=_refuse)
+        value = json.loads(
+            text, parse_constant=_refuse, parse_float=_finite, parse_int=_finite_integer
+        )
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    if text.count("[") + text.count("{") > MAX_DEPTH and _is_too_deep(value):
+        raise ValueError("nested too deeply")
+    return value
 
 
 def object_text(text: str) -> str | None:
@@ -135,6 +144,8 @@ def _scalar(s: Scanner, out: Out, c: str) -> Run[bool]:
     # at the end of the text more digits could have followed
     if not d or not _NUMBER.fullmatch(s.buf, s.pos, s.pos + length):
         return False
+    if isinf(float(s.buf[s.pos : s.pos + length])):
+        return False
     _pass(s, out, length)
     return True
 
@@ -155,5 +166,27 @@ def _escape_len(s: Scanner) -> Run[int]:
     return 6
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    return _refuse(text) if isinf(value) else value
+
+
+def _finite_integer(text: str) -> int:
+    _finite(text)
+    return int(text)
+
+
+def _is_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner = (
+            each.values() if isinstance(each, dict) else each
+            for each in level
+            if isinstance(each, dict | list)
+        )
+        level = [*chain.from_iterable(inner)]
+    return bool(level)
+
+
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant[:40]} is no JSON")

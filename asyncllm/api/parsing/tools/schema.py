@@ -57,8 +57,6 @@ def argument_json(text: str, types: frozenset[str]) -> str:
     except ValueError:
         return quoted
     kind = _JSON_TYPE[type(value)]
-    if kind == "number" and value in (float("inf"), float("-inf")):
-        return quoted
     fits = kind in types or (kind == "integer" and "number" in types)
     fits = fits or (kind == "number" and "integer" in types and value == int(value))
     # a quoted string is meant as one unless quotes may be part of a string

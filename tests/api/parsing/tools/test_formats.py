@@ -200,6 +200,13 @@ def test_a_parameter_that_the_stream_cuts_is_not_made_json() -> None:
     assert calls("qwen3_coder", f"{text}</tool_call>") == [("f", '{"s": "rm -rf /tmp"}', True)]
 
 
+@pytest.mark.parametrize("number", ["1e999", "-1" + "0" * 5000])
+def test_a_number_that_readers_do_not_take_breaks_a_call(number: str) -> None:
+    text = f'<tool_call>{{"name": "f", "arguments": {{"n": {number}}}}}</tool_call>'
+    assert calls("hermes", text) == [("f", '{"n": ', False)]
+    assert calls("hermes", text.replace(number, "1e9")) == [("f", '{"n": 1e9}', True)]
+
+
 @pytest.mark.parametrize(("schema", "written", "value"), [
     ({"type": "string"}, "5", "5"),
     ({"type": "string"}, "null", "null"),
@@ -209,6 +216,9 @@ def test_a_parameter_that_the_stream_cuts_is_not_made_json() -> None:
     ({"type": "integer"}, "five", "five"),
     ({"type": "number"}, "5", 5),
     ({"type": "number"}, "1e999", "1e999"),
+    ({"type": "integer"}, "1" * 400, "1" * 400),
+    ({"type": "array"}, "[" * 200 + "]" * 200, "[" * 200 + "]" * 200),
+    ({"type": "array"}, "[" * 100 + "]" * 100, json.loads("[" * 100 + "]" * 100)),
     ({"type": "number"}, "NaN", "NaN"),
     ({"type": "boolean"}, "True", True),
     ({"type": "boolean"}, "false", False),
