@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from asyncllm.api.parsing.events import Tool
 from asyncllm.api.parsing.tools.call_grammar import call_forms
+from asyncllm.api.parsing.tools.schema import call_schema
 from asyncllm.constrain.llguidance_backend import GrammarEngine
 from asyncllm.errors import RequestError
 from tests.constrain.walks import allowed, byte_grammars, matcher, takes, walk, written
@@ -300,3 +301,31 @@ def test_keys_that_are_counted_on_differ(grammars: GrammarEngine) -> None:
     outs = [out for _ in range(20) if (out := walk(at, rng)) is not None]
     assert outs
     assert all(len(json.loads(out)) >= 3 for out in outs)
+
+
+def test_references_of_forced_calls_hold(grammars: GrammarEngine) -> None:
+    kinds = {"a": "integer", "b": "null"}  # of what both tools call by one name
+    tools = [
+        Tool(name, {"$id": "own"} | {
+            "properties": {"example": {"$ref": "#/$defs/x"}, "more": {"$ref": "#"}},
+            "$defs": {"x": {"type": kind}},
+        })
+        for name, kind in kinds.items()
+    ]  # fmt: skip
+    at = matcher(grammars, "schema", json.dumps(call_schema(tools, parallel=False)))
+    for name, value, fits in (
+        ("a", 1, True),
+        ("b", None, True),
+        ("a", None, False),
+        ("b", 1, False),
+    ):
+        call = {"name": name, "arguments": {"example": value, "more": {"example": value}}}
+        assert takes(at, json.dumps(call)) == fits
+
+
+def test_two_schemas_of_one_name_are_refused(grammars: GrammarEngine) -> None:
+    schema = {"$defs": {kind: {"$id": "http://a/b", "type": kind} for kind in ("null", "string")}}
+    with pytest.raises(
+        RequestError, match=r"second schema of the .id 'http://a/b' at #/.defs/string"
+    ):
+        grammars.build("schema", json.dumps(schema))

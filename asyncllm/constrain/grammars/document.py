@@ -153,7 +153,8 @@ class Document:
                     if node is self._root:
                         self.base = uri
                     base = uri
-                    self._named.setdefault(uri, node)
+                    if self._named.setdefault(uri, node) != node and word == "$id":
+                        self.fail(node, f"has a second schema of the $id {name[:60]!r}")
         for word in ("$anchor", "$dynamicAnchor"):
             if isinstance(name := node.get(word), str):
                 self.anchors[name] += word == "$dynamicAnchor"

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from asyncllm.api.parsing.events import Tool
-from asyncllm.api.parsing.json_stream import MAX_DEPTH, escaped, loads
+from asyncllm.api.parsing.json_stream import escaped, loads
 from asyncllm.core.request import LARK
 from asyncllm.errors import RequestError
 
 TYPES: Final = frozenset({"string", "number", "integer", "boolean", "null", "object", "array"})
 MAX_CALLS: Final = 8  # that are forced at once: a model that repeats itself comes to an end
-_DATA: Final = frozenset({"const", "default", "enum", "example", "examples"})  # hold no schemas
 _COMBINED: Final = frozenset({"$ref", "anyOf", "oneOf", "allOf"})
 # keywords that allow further properties, or count them
 _OPEN: Final = frozenset({"additionalProperties", "unevaluatedProperties", "minProperties"})
@@ -76,7 +74,7 @@ def call_schema(
         parallel: more than one call is allowed, so the calls are a list.
 
     Raises:
-        RequestError: ``choice`` is not a tool, there are no tools, or a schema nests too deeply.
+        RequestError: ``choice`` is not a tool, or there are no tools.
     """
     chosen = [tool for tool in tools if choice is None or tool.name == choice]
     if not chosen:
@@ -86,13 +84,11 @@ def call_schema(
             else "tool_choice: there are no tools",
             param="tool_choice",
         )
-    defs: dict[str, object] = {}
-    calls = [_call(tool, f"t{i}", defs) for i, tool in enumerate(chosen)]
-    one = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    schema: dict[str, Any] = one
+    calls = [_call(tool, i) for i, tool in enumerate(chosen)]
+    one: dict[str, object] = calls[0] if len(calls) == 1 else {"anyOf": calls}
     if parallel and choice is None:
-        schema = {"type": "array", "minItems": 1, "maxItems": MAX_CALLS, "items": one}
-    return {**schema, "$defs": defs} if defs else dict(schema)
+        return {"type": "array", "minItems": 1, "maxItems": MAX_CALLS, "items": one}
+    return one
 
 
 def arguments_schema(tool: Tool) -> dict[str, object]:
@@ -116,51 +112,18 @@ def arguments_schema(tool: Tool) -> dict[str, object]:
     return schema
 
 
-def _call(tool: Tool, prefix: str, defs: dict[str, object]) -> dict[str, object]:
-    """A call of ``tool``; what its schema refers to goes to ``defs``, under ``prefix``."""
-    schema = _moved(arguments_schema(tool), f"#/$defs/{prefix}")
-    own: dict[str, object] = {}
-    for word in ("$defs", "definitions"):
-        inner = schema.pop(word, None)
-        if isinstance(inner, Mapping):
-            own |= {f"{prefix}.{name}": part for name, part in inner.items()}
-    text = json.dumps([schema, own])
-    if f'"#/$defs/{prefix}"' in text or f'"#/$defs/{prefix}/' in text:
-        own[prefix] = schema
-        schema = {"$ref": f"#/$defs/{prefix}"}
-    defs |= own
+def _call(tool: Tool, number: int) -> dict[str, object]:
+    """A call of ``tool``, with addresses of its own: references in its schema still hold."""
     return {
+        "$id": f"http://tool{number}/",
         "type": "object",
-        "properties": {"name": {"const": tool.name}, "arguments": schema},
+        "properties": {
+            "name": {"const": tool.name},
+            "arguments": {"$id": "arguments", **arguments_schema(tool)},
+        },
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }
-
-
-def _moved(value: object, place: str, depth: int = 0) -> Any:
-    """A schema whose local references still hold when it moves to ``place``."""
-    if depth > MAX_DEPTH:
-        raise RequestError(
-            f"tools: a tool's parameters nest deeper than {MAX_DEPTH} levels", param="tools"
-        )
-    if isinstance(value, list):
-        return [_moved(item, place, depth + 1) for item in value]
-    if not isinstance(value, Mapping):
-        return value
-    out: dict[str, Any] = {}
-    for key, item in value.items():
-        if key == "$ref" and isinstance(item, str) and item.startswith("#"):
-            out[key] = _moved_ref(item, place)
-        else:
-            out[key] = item if key in _DATA else _moved(item, place, depth + 1)
-    return out
-
-
-def _moved_ref(ref: str, place: str) -> str:
-    for head in ("#/$defs/", "#/definitions/"):
-        if ref.startswith(head):
-            return f"{place}.{ref.removeprefix(head)}"
-    return place + ref.removeprefix("#")
 
 
 def _types(schema: Any, root: Mapping[str, Any]) -> set[str]:
