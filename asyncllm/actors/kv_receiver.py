@@ -557,11 +557,13 @@ class KvReceiver(TransferThread):
                     self.inbox.end(epoch)
                     self._tell(sender, EpochClosed(epoch, "it is not expected there"))
         for entry in [*self.inbox.imports.values()]:
-            if entry.why is None and (why := self._late(entry)):
+            if entry.why is None and (why := self._lacks_senders(entry)):
                 self._drop(entry.rid, why)
+        for epoch, why in self._overdue().items():
+            self._drop(epoch, why)
 
-    def _late(self, entry: OpenImport) -> str:
-        """Why an import cannot complete; "": it may."""
+    def _lacks_senders(self, entry: OpenImport) -> str:
+        """Why an import cannot complete; "": it may, as far as its senders have come."""
         now, times = self.clock.now, self.times
         if entry.tp == 0:
             late = now - entry.since > times.first_s
@@ -569,18 +571,20 @@ class KvReceiver(TransferThread):
         for rank in entry.had:
             if rank not in entry.links and now - entry.since > times.lapse_s:
                 return f"rank {rank} of its sender has not come in {times.lapse_s:g} s"
-        for ident in entry.links.values():
-            assert isinstance(ident, bytes)
-            if (sender := self.senders.get(ident)) is None:
-                continue
+        return ""
+
+    def _overdue(self) -> dict[int, str]:
+        """By epoch, why imports with portions that do not come cannot complete."""
+        now, found = self.clock.now, {}
+        for sender in self.senders.values():
             for portion in sender.portions.values():
-                limit_s = times.lapse_s
+                limit_s = self.times.lapse_s
                 if portion.page < 0:  # its sender's pages may be others' until these have lapsed
                     limit_s = 2 * limit_s if sender.transport == P2P and portion.there < 0 else inf
                 since = portion.since if portion.page >= 0 else max(portion.since, sender.moved)
-                if portion.epoch == entry.rid and now - since > limit_s:
-                    return f"{portion.count} tokens have not come in {limit_s:g} s"
-        return ""
+                if now - since > limit_s:
+                    found[portion.epoch] = f"{portion.count} tokens have not come in {limit_s:g} s"
+        return found
 
     def shut(self) -> None:
         for sender in self.senders.values():

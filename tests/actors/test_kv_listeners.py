@@ -6,6 +6,7 @@ import random
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import zmq
@@ -545,3 +546,33 @@ def test_stamps_of_pages_go_on_beyond_32_bits() -> None:
     """A sender that runs for months has filled more pages."""
     filled = PageFilled(number=1 << 32, page=3, nbytes=128, stamp=1 << 32)
     assert decode(encode(filled)) == filled
+
+
+def test_all_that_is_overdue_is_found_in_one_look(rig: Rig, ctx: Sockets) -> None:
+    """However many requests' K/V are to come: the thread holds the GIL while it looks."""
+
+    class Counted(dict[Any, Any]):
+        looks = 0
+
+        def values(self) -> Any:
+            Counted.looks += 1
+            return super().values()
+
+    epochs = range(77, 97)
+    receiver = rig.receivers[0].thread
+    assert isinstance(receiver, KvReceiver)
+    caught = Caught(rig, ctx)
+    caught.say(caller(rig))
+    for epoch in epochs:
+        expects(rig, epoch)
+        caught.say(EpochOpened(epoch), replace(READY, number=epoch, epoch=epoch))
+    rig.until(lambda: any(len(each.portions) == 20 for each in receiver.senders.values()))
+    (sender,) = receiver.senders.values()
+    sender.portions = Counted(sender.portions)
+    receiver.tick()
+    assert Counted.looks == 1
+    assert len(receiver.inbox.imports) == 20
+    receiver.clock.now += WAIT_S + 1  # what has been pulled does not come
+    sender.heard = receiver.clock.now
+    receiver.tick()
+    assert len(receiver.inbox.imports) == 17, "one peer has three of four pages"
