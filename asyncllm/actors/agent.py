@@ -31,6 +31,7 @@ from asyncllm.messages import (
     DecodeReserved,
     Drain,
     Drained,
+    EndpointGone,
     Finished,
     GrammarReady,
     ImportPlaced,
@@ -69,6 +70,7 @@ Inbox = (
     | GrammarReady
     | Scraped
     | AskServing
+    | EndpointGone
     | Drain
 )
 
@@ -169,6 +171,8 @@ class Agent(Actor[Inbox]):
                 case AskServing(endpoint):
                     self._asking.add(endpoint)
                     self._say_serving(endpoint)
+                case EndpointGone(endpoint):
+                    self._asking.discard(endpoint)
                 case Drain():
                     self._draining = True
                     self._ask_state()  # tell masters at once

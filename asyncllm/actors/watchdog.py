@@ -367,7 +367,7 @@ class Watchdog(Actor[Inbox]):
         self.system.join(topology)
         self._heard.pop(msg.endpoint, None)
         self._absent.discard(msg.endpoint)
-        for name in ("balancer", "scheduler", "director"):
+        for name in ("balancer", "scheduler", "director", "agent", "config_client"):
             for endpoint in topology.placed(name):
                 self.system.ref(name, endpoint).tell(EndpointGone(msg.endpoint), urgent=True)
         if msg.by is not None:

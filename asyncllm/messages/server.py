@@ -82,7 +82,7 @@ class Welcome(Message):
 
 @message(38)
 class EndpointGone(Message):
-    """coordinator -> balancer and every scheduler: an endpoint's process has ended.
+    """coordinator -> whoever keeps something for an endpoint: its process has ended.
 
     Its requests have ended with it.
     """

@@ -143,7 +143,10 @@ class World:
         self.system.deliver = divert  # type: ignore[method-assign]
         self.fakes = {
             n: Fake(n)
-            for n in ("scheduler", "allocator", "runner", "frontend", "balancer", "agent")
+            for n in (
+                *("scheduler", "allocator", "runner", "frontend", "balancer", "agent"),
+                "config_client",
+            )
         }
         for fake in self.fakes.values():
             self.system.add(fake)
@@ -521,6 +524,18 @@ def test_a_worker_takes_the_place_of_another() -> None:
         assert w.sent_of(Drain) == [(3, "frontend")]
 
     play(trio(), script)
+
+
+def test_all_who_tell_a_worker_something_learn_that_it_has_gone() -> None:
+    async def script(w: World) -> None:
+        w.tell(hello(1))
+        await settle()
+        w.tell(WorkerReplaced(1, http_worker(2)))
+        await settle()
+        for name in ("scheduler", "agent", "config_client"):
+            assert w.got(name, EndpointGone) == [EndpointGone(1)]
+
+    play(World(topology=Topology.on_one_node(http=2).as_node().with_config_client()), script)
 
 
 def test_a_worker_that_dies_while_the_server_drains_is_not_waited_for() -> None:
