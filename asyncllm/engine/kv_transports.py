@@ -11,6 +11,7 @@ import fcntl
 import logging
 import mmap
 import os
+import platform
 import re
 import stat
 from base64 import b64decode, b64encode
@@ -40,6 +41,7 @@ from asyncllm.errors import StartupError
 
 TCP, NCCL, P2P, AUTO = "tcp", "nccl", "p2p", "auto"
 MODES = (AUTO, NCCL, P2P, TCP)
+ORDERED = ("x86_64", "AMD64")  # architectures whose stores are seen in order
 log = logging.getLogger(__name__)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # Before and after a copy between two devices torch has a stream of each wait for one of the other;
@@ -123,11 +125,20 @@ class KvTransports:
 
 
 def refuse(mode: str, device: torch.device) -> None:
-    """Raises StartupError: this machine has not got what ``--pd_trans_mode`` asks for."""
+    """Raises StartupError: this machine has not got what ``--pd_trans_mode`` asks for.
+
+    Between two processes on CPUs, a page and its stamp are plain memory. That who sees new bytes
+    sees the new stamp as well takes stores, and loads, that are seen in order, as on x86.
+    """
     if mode == NCCL and device.type != "cuda":
         raise StartupError(
             "--pd_trans_mode nccl moves K/V between GPUs, and this server computes on the CPU "
             "(tcp, or p2p between processes of one machine)"
+        )
+    if mode == P2P and device.type == "cpu" and platform.machine() not in ORDERED:
+        raise StartupError(
+            f"--pd_trans_mode p2p between CPUs relies on the order of memory accesses of x86, and "
+            f"this is {platform.machine()} (tcp)"
         )
 
 

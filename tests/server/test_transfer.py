@@ -112,12 +112,15 @@ def test_without_a_secret_only_this_machine_is_spoken_to() -> None:
         transfer_keys(boot(pd_master_ip="192.0.2.7").config)
 
 
-def test_what_this_machine_has_not_got_is_refused() -> None:
+def test_what_this_machine_has_not_got_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StartupError, match=r"--pd_trans_mode nccl .* computes on the CPU"):
         refuse(boot(pd_trans_mode="nccl"), None)
     with pytest.raises(StartupError, match="128 tokens cannot be moved"):
         refuse(boot(), Window(128))
     refuse(boot(pd_trans_mode="p2p"), None)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    with pytest.raises(StartupError, match=r"--pd_trans_mode p2p .* this is aarch64 \(tcp\)"):
+        refuse(boot(pd_trans_mode="p2p"), None)
 
 
 def test_each_mode_has_its_ways() -> None:
