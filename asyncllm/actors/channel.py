@@ -455,7 +455,7 @@ class Channel:
             del self._peers[peer]
             log.info("%s has left (peer %d): %s", link.info, peer, why)
             self._tell(PeerLeft(peer, link.info, why))
-        if refused:
+        if refused and link.dialled:  # who connects to us has no say in whether we start
             self._tell(PeerRefused(link.dialled, refused))
 
     def _hang_up(self, link: _Link) -> None:

@@ -168,17 +168,17 @@ class Director(Actor[Inbox]):
         self."""
         if info.role not in ROLES:
             return f"it is no prefill or decode node, but {info.role!r}"
-        for peer, other in [*self._infos.items()]:
+        for peer, other in [*self._channel.peers.items()]:
             if other.name == info.name and other.incarnation != info.incarnation:
                 self._channel.drop(peer, "replaced by another process with its address")
-                self._infos.pop(peer, None)
-        for other in self._infos.values():
+        there = self._channel.peers.values()  # those of a moment ago too, which have not been told
+        for other in there:
             if found := info.difference(other):
                 what, theirs, ours = found
                 return f"{what} of {info} is {theirs}, that of {other} {ours}"
         if self._counts is not None:
             most = self._counts[ROLES.index(info.role)]
-            if sum(other.role == info.role for other in self._infos.values()) >= most:
+            if sum(other.role == info.role for other in there) >= most:
                 return f"there are {most} {info.role} nodes already (--pd_master_mode)"
         return None
 

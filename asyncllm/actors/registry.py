@@ -155,7 +155,7 @@ class Registry(Actor[Inbox]):
         self."""
         if info.role not in (*CONFIG_CLIENTS, TENANT):
             return f"a config_server takes no {info.role!r}"
-        for peer, other in [*self._infos.items()]:
+        for peer, other in [*self._channel.peers.items()]:
             same = (other.role, other.name) == (info.role, info.name)
             if same and other.incarnation != info.incarnation:
                 self._channel.drop(peer, "another process has its address")

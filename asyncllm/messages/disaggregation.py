@@ -225,15 +225,12 @@ class PrefillRequest(Message):
 
     ticket: int
     prompt: array[int]
-    outputs: array[int]  # as in Decode
+    outputs: array[int]  # as in DecodeRequest
     params: SamplingParams
     thoughts: str = ""  # this and the next two as in Submit
     healed: tuple[bytes, ...] = ()
     client: int = 0
-    after: int = (
-        -1
-    )  # the ticket of this node's first attempt for this prompt, if this is a later one
-    request_id: str = ""  # as in Decode
+    request_id: str = ""  # as in DecodeRequest
     to: KvDestination | None = None
 
     def valid(self) -> bool:

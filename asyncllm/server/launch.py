@@ -203,7 +203,7 @@ class Children:
     def kill(self) -> None:
         """Kill every child. Thread-safe; works even if the loop hangs."""
         self._leaving = True
-        processes = [process for _, process in self._running.values()]
+        processes = [process for _, process in [*self._running.values()]]
         for process in processes:
             process.kill()
         for process in processes:  # a process that hangs in a driver is left to the kernel

@@ -21,7 +21,7 @@ from time import monotonic
 import zmq
 
 from asyncllm.actors.transport import CurveKeys, Monitor, ipv6, known_to, protected, tcp
-from asyncllm.codec import CodecError, Message, decode, encode, message, protocol
+from asyncllm.codec import Message, decode, encode, message, protocol
 from asyncllm.errors import Mismatch, StartupError
 from asyncllm.log import RateLimitedLog
 from asyncllm.topology import Contract, Topology
@@ -456,7 +456,7 @@ class NodeMember(NodeLink):
         except Mismatch as error:
             self._lost(2, str(error))
             return
-        except CodecError as error:
+        except ValueError as error:  # CodecError, or another number of frames
             self._lost(1, f"{self._leader.name} sends an invalid message: {error}")
             return
         match msg:

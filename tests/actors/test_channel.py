@@ -289,10 +289,11 @@ def test_frames_of_those_who_have_not_said_who_they_are_are_dropped_and_counted(
             await raw.say(PeerHeartbeat())
             await until(lambda: one.system.foreign_frames == 2)
             assert one.owner.got == one.owner.joined == []
+            await raw.say(PeerGoodbye("go away", True))  # we have not asked to be let in
             stranger = Raw(one.channel.port, CurveKeys.make())
             await stranger.say(PeerHello(an_info()))
             await until(lambda: one.system.failed_handshakes)
-            assert one.owner.joined == []
+            assert one.owner.joined == one.owner.refused == []
 
     run(go())
 

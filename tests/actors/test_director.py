@@ -60,12 +60,14 @@ class FakeChannel:
     def __init__(self, info: PeerInfo) -> None:
         self.info = info
         self.admit: Callable[[PeerInfo], str | None] = lambda _: None
+        self.peers: dict[int, PeerInfo] = {}
         self.dropped: list[tuple[int, str]] = []
         self.dialled: list[str] = []
         self.forgotten: list[str] = []
 
     def drop(self, peer: int, why: str) -> None:
         self.dropped.append((peer, why))
+        self.peers.pop(peer, None)
 
     def dial(self, host: str, port: int) -> str:
         self.dialled.append(f"{host}:{port}")
@@ -98,6 +100,8 @@ class Office:
         """What came of these messages."""
         self.told.clear()
         for msg in msgs:
+            if isinstance(msg, PeerJoined):
+                self.channel.peers[msg.peer] = msg.info
             self.ref.tell(msg, urgent=True)
         for _ in range(6):
             await asyncio.sleep(0)
@@ -201,6 +205,9 @@ def test_numbers_of_nodes_are_waited_for_and_kept() -> None:
             assert office.channel.admit(info("decode", "d:2")) is None
             refused = office.channel.admit(info("prefill", "p:2"))
             assert refused == "there are 1 prefill nodes already (--pd_master_mode)"
+            office.channel.peers[9] = info("decode", "d:2")  # of which the actor is yet to be told
+            refused = office.channel.admit(info("decode", "d:3"))
+            assert refused == "there are 2 decode nodes already (--pd_master_mode)"
 
         await while_running(office, go())
 
