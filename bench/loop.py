@@ -1,7 +1,7 @@
 """What the event loop of rank 0 costs, in CPU time: streams, hops, scheduling, detokenizing.
 
     python bench/loop.py [--streams 256] [--tokens 200] [--step_ms 20]
-    python bench/loop.py --only requests [--inp 1024] [--profile]
+    python bench/loop.py --only requests [--inp 1024] [--route /generate_stream] [--profile]
 
 The frontend path is real but for the device: HTTP, tokenizer, detokenizer and frontend serve clients
 in other processes, and a scheduler of our own hands out one token per stream and step. Then whole
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import random
@@ -64,6 +65,7 @@ from asyncllm.messages import (
     Submit,
     Tokens,
 )
+from asyncllm.records import Logprobs
 from asyncllm.templates import TemplateSet
 from asyncllm.text import ModelTokenizer, load_tokenizer
 
@@ -164,6 +166,7 @@ WORDS = [
 ]
 TOKENS_A_WORD = 1.0
 MAX_LEN = 8192
+ROUTES = ("/v1/completions", "/generate_stream")
 
 
 def row(what: str, value: float, unit: str) -> None:
@@ -325,7 +328,7 @@ def start_clients(
     """Clients with prompts of ``inp``, each stream ``turns`` times."""
     shares = [len(range(i, args.streams, args.clients)) for i in range(args.clients)]
     command = [sys.executable, __file__, "--client", str(port), "--tokens", str(args.tokens)]
-    command += ["--prompts", inp, "--turns", str(turns)]
+    command += ["--prompts", inp, "--turns", str(turns), "--route", args.route]
     return [
         subprocess.Popen(
             [*command, "--streams", str(share), "--seed", str(i)], stdout=subprocess.PIPE
@@ -356,18 +359,22 @@ async def client(args: argparse.Namespace) -> None:
         return sum([await ask(prompts[i * args.turns + j]) for j in range(args.turns)])
 
     async def ask(text: list[int] | str) -> int:
-        body = json.dumps(
-            {"model": "m", "prompt": text, "max_tokens": num_tokens, "stream": True,
-             "ignore_eos": True}
-        )  # fmt: skip
+        if native := args.route == "/generate_stream":
+            options = {"max_new_tokens": num_tokens, "ignore_eos": True}
+            body = json.dumps({"inputs": text, "parameters": options})
+        else:
+            body = json.dumps(
+                {"model": "m", "prompt": text, "max_tokens": num_tokens, "stream": True,
+                 "ignore_eos": True}
+            )  # fmt: skip
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = f"POST {args.route} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
         tail, count = b"", 0
-        while not tail.endswith(b"[DONE]\n\n\r\n0\r\n\r\n"):
+        while not tail.endswith(b"\n\n\r\n0\r\n\r\n"):
             data = await reader.read(1 << 18)
             assert data, tail
-            count += data.count(b"data: {")
+            count += data.count(b"data:{" if native else b"data: {")
             tail = (tail + data)[-64:]
         writer.close()
         return count
@@ -386,14 +393,17 @@ class Invented:
         self._step_s, self._num_ids = step_s, num_ids
         self._rng, self._free_at = random.Random(0), 0.0
         self.cpu_s = 0.0  # of making them up
-        self.steps = 0
+        self._scored = False  # some request has wanted log-probabilities
 
     def launch(self, plan: StepPlan) -> InventedStep:
         begin = time.thread_time()
-        self.steps += 1
+        self._scored |= any(opened.params.logprobs >= 0 for opened in plan.opened)
         self._free_at = max(self._free_at, time.perf_counter()) + self._step_s
         ids = [self._rng.randrange(100, self._num_ids) if s else -1 for s in plan.samples]
-        step = InventedStep(StepDone(plan.step, i32(ids), None), self._free_at)
+        scores = None
+        if self._scored:
+            scores = Logprobs(0, array("f", [-self._rng.random() for _ in ids]))
+        step = InventedStep(StepDone(plan.step, i32(ids), scores), self._free_at)
         self.cpu_s += time.thread_time() - begin
         return step
 
@@ -439,6 +449,8 @@ async def requests(
     await opened.wait()
     turns = 2
     samples = Sampler() if profile else None
+    gc.collect()
+    gc.freeze()  # as the server does
     clients = start_clients(args, sock.getsockname()[1], inp, turns)
     cpu_s, kernel_s = time.process_time(), os.times().system
     if samples:
@@ -588,6 +600,7 @@ def main() -> None:
     parser.add_argument("--step_ms", type=float, default=20.0)
     parser.add_argument("--clients", type=int, default=2, help="client processes")
     parser.add_argument("--inp", type=int, default=1024, help="prompt tokens of whole requests")
+    parser.add_argument("--route", default=ROUTES[0], choices=ROUTES, help="of requests")
     parser.add_argument("--only", choices=("requests",), help="leave out everything else")
     parser.add_argument("--kinds", nargs="+", default=["short", "ids", "text"], help="of requests")
     parser.add_argument("--profile", action="store_true", help="print where requests take time")

@@ -9,11 +9,12 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Mapping
+from math import nan
 from time import perf_counter
 from typing import assert_never
 
 from asyncllm.actors.base import Actor
-from asyncllm.codec import INT32, INT64
+from asyncllm.codec import FLOAT32, INT32, INT64
 from asyncllm.core.detokenize import TextStream
 from asyncllm.core.request import FinishReason
 from asyncllm.core.stops import SequenceFinder, StopMatcher
@@ -27,6 +28,7 @@ from asyncllm.messages import (
     StopHit,
     TextDelta,
     Tokens,
+    TokenTexts,
 )
 from asyncllm.records import Failure, Logprobs
 from asyncllm.text import ModelTokenizer
@@ -40,9 +42,9 @@ Inbox = OpenTextStream | Tokens | Finished | FlushStreams | GroupRemoved | Reque
 class Detokenizer(Actor[Inbox]):
     """Arriving tokens are only buffered; slices of at most ``budget_s`` process them.
 
-    A slice goes round the streams with new tokens, makes one Delta of everything that a stream has,
-    and posts the rest to itself, so that other actors run in between. A stream's Finished follows
-    its last Delta.
+    A slice goes round the streams with new tokens, makes one delta of everything that a stream has,
+    and posts the rest to itself, so that other actors run in between. Streams with one token and
+    nothing else share a message. A stream's Finished follows its last delta.
     """
 
     remote = frozenset({Tokens, Finished})
@@ -123,7 +125,7 @@ class Detokenizer(Actor[Inbox]):
             stream.ids.append(token)
             stream.ends.append(ends)
             if logprobs is not None:
-                stream.blocks.append(logprobs.slice(i, i + 1))
+                stream.blocks.append((logprobs, i))
             if not stream.has_news:
                 self._mark(stream)
         for rid, logprobs in msg.prompt:
@@ -142,17 +144,31 @@ class Detokenizer(Actor[Inbox]):
     def _turn(self) -> None:
         deadline = perf_counter() + self._budget_s
         count = 0
+        rids, tokens, texts = array(INT64), array(INT32), list[str]()
+        logprobs: array[float] = array(FLOAT32)
         while self._news:
-            self._pass_on(self._news.popleft())
+            stream = self._news.popleft()
+            stream.has_news = False
+            if stream.has_one_token:
+                token, text, logprob = stream.take_token()
+                rids.append(stream.rid)
+                tokens.append(token)
+                texts.append(text)
+                logprobs.append(logprob)
+            else:
+                self._pass_on(stream)
             count += 1
             if count % LOOK_EVERY == 0 and perf_counter() >= deadline:
                 break
+        if rids:
+            self.frontend.tell(
+                TokenTexts(rids=rids, tokens=tokens, texts=tuple(texts), logprobs=logprobs)
+            )
         if self._news and not self._posted:
             self._posted = True
             self.put(FlushStreams(), urgent=True)  # urgent: a full mailbox must not refuse it
 
     def _pass_on(self, stream: _Stream) -> None:
-        stream.has_news = False
         if stream.stopped_at < 0 and (delta := stream.take()) is not None:
             self.frontend.tell(delta)
             if stream.stopped_at >= 0 and stream.finished is None:
@@ -213,7 +229,8 @@ class _Stream:
         self.scanned = 0  # tokens that ``sequences`` has seen
         self.ids: array[int] = array(INT32)  # not passed on yet
         self.ends = bytearray()
-        self.blocks: list[Logprobs] = []  # one per id, or fewer where steps brought none
+        # where to find those of each id; fewer where steps brought none
+        self.blocks: list[tuple[Logprobs, int]] = []
         self.prompt: list[Logprobs] = []  # one per chunk
         self.finished: Finished | None = None
         self.has_news = False
@@ -241,12 +258,6 @@ class _Stream:
 
     def take(self) -> TextDelta | None:
         """Everything that has arrived since the last call; None: nothing to report."""
-        if (
-            len(self.ids) == 1
-            and self.simple
-            and not (self.finished or self.prompt or self.covered)
-        ):
-            return self._take_one()
         shown: list[str] = []
         pieces: list[str] = []
         ready, hidden = self._ready()
@@ -278,7 +289,9 @@ class _Stream:
         if not (ids or text or prompt):
             return None
         # a request without log-probabilities sees columns only in steps it shares with others
-        logprobs = Logprobs.join(blocks) if blocks and len(blocks) == len(ids) else None
+        logprobs = None
+        if blocks and len(blocks) == len(ids):
+            logprobs = Logprobs.join([columns.slice(i, i + 1) for columns, i in blocks])
         return TextDelta(
             rid=self.rid,
             text=text,
@@ -288,19 +301,29 @@ class _Stream:
             prompt=prompt,
         )
 
-    def _take_one(self) -> TextDelta:
-        """Fast path of ``take``, in half the time: one token, and nothing that could stop the
-        text."""
-        token, ends = self.ids[0], self.ends[0]
-        piece = ""
+    @property
+    def has_one_token(self) -> bool:
+        """Whether there is one token, and nothing that could change or stop its text."""
+        return (
+            len(self.ids) == 1
+            and self.simple
+            and not (self.finished or self.prompt or self.covered)
+            and not (self.blocks and self.blocks[0][0].num_top)
+        )
+
+    def take_token(self) -> tuple[int, str, float]:
+        """The one token, its text, and its log-probability, NaN where steps brought none.
+
+        Takes a third of the time of ``take``.
+        """
+        token, ends, text, logprob = self.ids.pop(), self.ends.pop(), "", nan
         if self.include_end or not ends:
-            piece = self.text.push(token, bool(ends and self.print_eos) or token in self.shown)
+            text = self.text.push(token, bool(ends and self.print_eos) or token in self.shown)
         self.num_tokens += 1
-        ids, self.ids = self.ids, array(INT32)
-        logprobs = self.blocks.pop() if self.blocks else None
-        del self.ends[:]
-        # by position: keywords made a step of 256 rows take a sixth longer
-        return TextDelta(self.rid, piece, ids, (piece,), logprobs, None)
+        if self.blocks:
+            columns, i = self.blocks.pop()
+            logprob = columns.chosen[i]
+        return token, text, logprob
 
     def _ready(self) -> tuple[int, int]:
         """How many tokens can be shown now, and how many after them are a stop sequence."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 from time import monotonic
 
-from asyncllm.api.common.answer import Answer, Choice, Reply
+from asyncllm.api.common.answer import REASONS, Answer, Choice, Reply
 from asyncllm.errors import RequestError
+from asyncllm.records import AnsweredRequest
 
 
 class ChunkedWriter:
@@ -59,6 +60,7 @@ class Exchange:
         named: whether the client chose it.
         client: the client's number, see ``AccessControl.client``.
         rids: of all choices, in order.
+        streams: the answer is streamed.
         cancelled: asked to end early.
         committed: headers of a stream are out or about to be: errors become events.
         ended: nothing more will be rendered.
@@ -86,6 +88,7 @@ class Exchange:
         "reply",
         "request_id",
         "rids",
+        "streams",
         "unaccepted",
         "watch",
         "written_at",
@@ -103,6 +106,7 @@ class Exchange:
         self.accepted: asyncio.Future[None] = loop.create_future()
         self.done: asyncio.Future[None] = loop.create_future()
         self.error: RequestError | None = None
+        self.streams = answer.generation.stream
         self.rids = range(0)
         self.named = False
         self.live: dict[int, Choice] = {}
@@ -115,10 +119,24 @@ class Exchange:
         self.watch: asyncio.TimerHandle | None = None
         self.first_at = self.last_at = 0.0  # of the first and newest token; 0: none yet
 
-    @property
-    def streams(self) -> bool:
-        """Whether the answer is streamed."""
-        return self.answer.generation.stream
+    def answered(self, route: str, status: int) -> AnsweredRequest:
+        """Statistics of this request, whose prompts were accepted and which has ended."""
+        answer, first_at = self.answer, self.first_at
+        usage = answer.usage()
+        more = max(c.num_tokens for c in answer.choices) - 1
+        reason = "abort" if status == 499 else "error"
+        if status == 200 and self.error is None and answer.choices[0].reason is not None:
+            reason = REASONS[answer.choices[0].reason]
+        return AnsweredRequest(
+            route=route,
+            status=status,
+            prompt_len=usage["prompt_tokens"],
+            num_tokens=usage["completion_tokens"],
+            reason=reason,
+            ttft_s=first_at - self.begun_at if first_at else -1.0,
+            tpot_s=(self.last_at - first_at) / more if more > 0 else -1.0,
+            total_s=monotonic() - self.begun_at,
+        )
 
     def end(self) -> None:
         """Mark the end: nothing more will be rendered; a stream is done once it is written."""

@@ -25,7 +25,7 @@ from asyncllm.actors.exchange import ChunkedWriter, Exchange, resolve
 from asyncllm.actors.frontend_settings import ClusterSettings, FrontendLimits, KnownMasters
 from asyncllm.actors.http import HttpRoutes
 from asyncllm.api.common import sse
-from asyncllm.api.common.answer import REASONS, Answer, Choice, Reply, Vocab
+from asyncllm.api.common.answer import Answer, Choice, Reply, Vocab
 from asyncllm.api.common.errors import Cancelled, NotServing, from_failure
 from asyncllm.api.common.request import GenerationRequest, ServedModel
 from asyncllm.api.common.validation import MAX_SEED
@@ -56,6 +56,7 @@ from asyncllm.messages import (
     TextDelta,
     Tokenize,
     TokensCounted,
+    TokenTexts,
 )
 from asyncllm.records import AnsweredRequest
 
@@ -63,7 +64,7 @@ log = logging.getLogger(__name__)
 
 Reported = TokensCounted | Scraped | NodesAnswer  # answers to this actor's queries
 Changes = Started | Drain | Cancel | Serving | MasterList | GroupRemoved
-Inbox = Accepted | TextDelta | Finished | Reported | Changes
+Inbox = Accepted | TextDelta | TokenTexts | Finished | Reported | Changes
 
 LOOK_EVERY = 4  # streams written between two checks of the clock
 
@@ -82,7 +83,7 @@ class Frontend(Actor[Inbox]):
         on_open: called once the sockets are served, so that a ready line is true when it is read.
     """
 
-    # a step may bring a TextDelta and a Finished for each live request, several steps may wait
+    # a step may bring two messages for each live request, and several steps may wait
     capacity = 65536
     orders = frozenset(
         {MasterList, Started, Drain, Scraped, Cancel, Serving, NodesAnswer, GroupRemoved}
@@ -134,6 +135,8 @@ class Frontend(Actor[Inbox]):
         """Render everything first, then write once per stream."""
         for msg in batch:
             match msg:
+                case TokenTexts():
+                    self._take_tokens(msg)
                 case TextDelta():
                     self._delta(msg)
                 case Finished():
@@ -266,33 +269,15 @@ class Frontend(Actor[Inbox]):
     def close(self, exchange: Exchange, route: str, status: int) -> None:
         """The handler has ended, for whatever reason: abort unfinished choices, and count."""
         self._forget(exchange)
-        self._count_exchange(route, status, exchange)
+        if exchange.unaccepted:
+            self.count(route, status, REFUSED)
+        else:
+            self._tell_answered(exchange.answered(route, status))
         self._say_drained()
 
     def count(self, route: str, status: int, reason: str = "") -> None:
         """Report an answer without generation; ``reason``: see ``AnsweredRequest``."""
         self._tell_answered(AnsweredRequest(route, status, 0, 0, reason, -1.0, -1.0, 0.0))
-
-    def _count_exchange(self, route: str, status: int, exchange: Exchange) -> None:
-        if exchange.unaccepted:
-            self.count(route, status, REFUSED)
-            return
-        now = monotonic()
-        answer = exchange.answer
-        usage = answer.usage()
-        tokens = usage["completion_tokens"]
-        ttft = exchange.first_at - exchange.begun_at if exchange.first_at else -1.0
-        more = max(c.num_tokens for c in answer.choices) - 1
-        tpot = (exchange.last_at - exchange.first_at) / more if more > 0 else -1.0
-        total = now - exchange.begun_at
-        reason = "abort" if status == 499 else "error"
-        if status == 200 and exchange.error is None and answer.choices[0].reason is not None:
-            reason = REASONS[answer.choices[0].reason]
-        self._tell_answered(
-            AnsweredRequest(
-                route, status, usage["prompt_tokens"], tokens, reason, ttft, tpot, total
-            )
-        )
 
     def _tell_answered(self, answered: AnsweredRequest) -> None:
         """Batched with other answers of this loop iteration, so that no flood fills the mailbox."""
@@ -428,10 +413,25 @@ class Frontend(Actor[Inbox]):
                 self._render(exchange, exchange.reply.opening())
             resolve(exchange.accepted)
 
+    def _take_tokens(self, msg: TokenTexts) -> None:
+        by_rid, now = self._by_rid, monotonic()
+        rows = zip(msg.rids, msg.tokens, msg.texts, msg.logprobs, strict=True)
+        for rid, token, text, logprob in rows:
+            if (found := by_rid.get(rid)) is None:
+                continue  # aborted; the detokenizer did not know yet
+            exchange, choice = found
+            if not choice.num_tokens:
+                self._admission.begin(exchange.client)
+                exchange.first_at = exchange.first_at or now
+            choice.take_token(token, text, logprob)
+            exchange.last_at = now
+            if exchange.streams:
+                self._render(exchange, exchange.reply.piece(choice, text, 1))
+
     def _delta(self, msg: TextDelta) -> None:
         found = self._by_rid.get(msg.rid)
         if found is None:
-            return  # aborted; the detokenizer did not know yet
+            return
         exchange, choice = found
         if msg.ids and not choice.num_tokens:
             self._admission.begin(exchange.client)
@@ -440,7 +440,7 @@ class Frontend(Actor[Inbox]):
             exchange.last_at = monotonic()
             exchange.first_at = exchange.first_at or exchange.last_at
         if exchange.streams:
-            self._render(exchange, exchange.reply.piece(choice, msg))
+            self._render(exchange, exchange.reply.piece(choice, msg.text, len(msg.ids)))
 
     def _finished(self, msg: Finished) -> None:
         found = self._by_rid.get(msg.rid)

@@ -58,6 +58,7 @@ from asyncllm.messages.request import TextDelta as TextDelta
 from asyncllm.messages.request import Tokenize as Tokenize
 from asyncllm.messages.request import Tokens as Tokens
 from asyncllm.messages.request import TokensCounted as TokensCounted
+from asyncllm.messages.request import TokenTexts as TokenTexts
 from asyncllm.messages.server import AllocatorStats as AllocatorStats
 from asyncllm.messages.server import Drain as Drain
 from asyncllm.messages.server import Drained as Drained

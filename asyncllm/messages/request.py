@@ -246,6 +246,20 @@ class TextDelta(Message):
     prompt: Logprobs | None  # prompt log-probabilities, once available
 
 
+@message(25)
+class TokenTexts(Message):
+    """detokenizer -> frontend (same process): one new token of each of some requests.
+
+    The usual case of ``TextDelta``, without an object for each token: every text is the whole text
+    of its token, and no alternatives are told.
+    """
+
+    rids: array[int]  # int64
+    tokens: array[int]
+    texts: tuple[str, ...]
+    logprobs: array[float]  # of the tokens; NaN: unknown
+
+
 @message(22)
 class StopHit(Message):
     """detokenizer -> scheduler, urgent, by ``Submit``'s route.

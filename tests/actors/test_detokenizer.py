@@ -7,7 +7,8 @@ import json
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from asyncllm.messages import (
     StopHit,
     TextDelta,
     Tokens,
+    TokenTexts,
 )
 from asyncllm.records import Failure, Logprobs
 from asyncllm.text import ModelTokenizer, load_tokenizer
@@ -49,21 +51,46 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> ModelTokenizer:
     return load_tokenizer(str(folder))
 
 
+def one_by_one(msg: Any) -> list[Any]:
+    """With a TextDelta for each request of a TokenTexts."""
+    if not isinstance(msg, TokenTexts):
+        return [msg]
+    rows = zip(msg.rids, msg.tokens, msg.texts, msg.logprobs, strict=True)
+    return [
+        TextDelta(rid, text, i32([token]), (text,), None if isnan(x) else scores(x), None)
+        for rid, token, text, x in rows
+    ]
+
+
+def scores(*chosen: float) -> Logprobs:
+    return Logprobs(chosen=array("f", chosen))
+
+
 class Sink(Actor[Any]):
-    def __init__(self, name: str, log: list[Any], until: Callable[[], bool]) -> None:
+    def __init__(
+        self, name: str, log: list[Any], until: Callable[[], bool], *, expand: bool = True
+    ) -> None:
         super().__init__(name)
-        self.log, self.until = log, until
+        self.log, self.until, self.expand = log, until, expand
 
     def receive(self, batch: list[Any]) -> None:
-        self.log.extend(batch)
+        self.log.extend(chain.from_iterable(map(one_by_one, batch)) if self.expand else batch)
         if self.until():
             self.system.stop()
 
 
 def play(
-    text: ModelTokenizer, script: list[Any], *, finished: int, budget_s: float = 0.0005
+    text: ModelTokenizer,
+    script: list[Any],
+    *,
+    finished: int,
+    budget_s: float = 0.0005,
+    expand: bool = True,
 ) -> tuple[list[Any], list[Any]]:
-    """What frontend and scheduler got. A ``list`` in the script arrives as one batch."""
+    """What frontend and scheduler got. A ``list`` in the script arrives as one batch.
+
+    ``expand``: with a TextDelta for each request of a TokenTexts.
+    """
     front: list[Any] = []
     sched: list[Any] = []
 
@@ -74,7 +101,7 @@ def play(
         async with asyncio.timeout(20):
             system = ActorSystem(encode_local=True)
             system.add(Sink("scheduler", sched, until))
-            system.add(Sink("frontend", front, until))
+            system.add(Sink("frontend", front, until, expand=expand))
             detokenizer = Detokenizer(text, budget_s=budget_s)
             ref = system.add(detokenizer)
 
@@ -327,6 +354,28 @@ def test_held_back_text_comes_out_at_the_end(text: ModelTokenizer) -> None:
     assert said(front, 1) == "a STO"
     assert front[-1].reason == FinishReason.LENGTH
     assert sched == []
+
+
+def test_single_tokens_of_a_step_share_a_message(text: ModelTokenizer) -> None:
+    """In order; what is held back, or has alternatives, comes alone."""
+    a, b = text.encode("ab", False)
+    wide = Logprobs(1, _f32(-1, -2, -3), i32([a, a, a]), _f32(-1, -1, -1))
+    script = [
+        [follow(1), follow(2, "zz"), follow(3)],
+        tokens([3, 2, 1], [a, b, b], logprobs=scores(-1, -2, -3)),
+        tokens([3, 2, 1], [a, b, b], logprobs=wide),
+        tokens([1, 3], [a, b]),
+        [done(1, 3), done(2, 2), done(3, 3)],
+    ]
+    front, _ = play(text, script, finished=3, expand=False)
+    alike = [m for m in front if isinstance(m, TokenTexts)]
+    assert [(m.rids.tolist(), m.tokens.tolist(), m.texts) for m in alike] == [
+        ([3, 1], [a, b], ("a", "b")),
+        ([1, 3], [a, b], ("a", "b")),
+    ]
+    assert alike[0].logprobs.tolist() == [-1, -3]
+    assert all(map(isnan, alike[1].logprobs))
+    assert [m.rid for m in front if isinstance(m, TextDelta)] == [2, 3, 2, 1]
 
 
 def test_unknown_requests_are_ignored(text: ModelTokenizer) -> None:

@@ -141,7 +141,9 @@ def answer(generation: GenerationRequest, prompts: list[bytes]) -> Answer:
 def take(reply: Any, news: TextDelta, index: int = 0) -> bytes:
     choice = reply.answer.choices[index]
     choice.take(news)
-    out: bytes = reply.piece(choice, news) if reply.answer.generation.stream else b""
+    out: bytes = (
+        reply.piece(choice, news.text, len(news.ids)) if reply.answer.generation.stream else b""
+    )
     return out
 
 
@@ -214,7 +216,9 @@ def feed(made: ParsedChatReply, pieces: list[str], reason: FinishReason, index: 
         scored = made.answer.generation.params.logprobs >= 0
         news = delta(text, i32([65]), (text,), floats(-1) if scored else b"")
         choice.take(news)
-        out += made.piece(choice, news) if made.answer.generation.stream else b""
+        out += (
+            made.piece(choice, news.text, len(news.ids)) if made.answer.generation.stream else b""
+        )
     choice.end(reason, 1, "")
     return out + (made.end(choice) if made.answer.generation.stream else b"")
 

@@ -12,6 +12,7 @@ from array import array
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from math import nan
 from typing import Any
 
 import aiohttp
@@ -23,7 +24,7 @@ from asyncllm.actors.frontend_settings import FrontendLimits
 from asyncllm.actors.system import ActorSystem
 from asyncllm.api.common.answer import Vocab
 from asyncllm.api.common.request import ServedModel
-from asyncllm.codec import i32
+from asyncllm.codec import i32, i64
 from asyncllm.core.request import FinishReason, SamplingParams
 from asyncllm.messages import (
     Abort,
@@ -38,6 +39,7 @@ from asyncllm.messages import (
     TextDelta,
     Tokenize,
     TokensCounted,
+    TokenTexts,
 )
 from asyncllm.records import Failure, GroupLoad, Logprobs
 
@@ -172,6 +174,12 @@ class Model(Actor[Any]):
                 i32([(t + j) % 256 for t in prompt[1:] for j in range(wide)]),
                 floats([score(i) - j for i in range(len(prompt) - 1) for j in range(wide)]),
             )
+        if len(tokens) == 1 and text is None and not num_top and columns is None:
+            logprob = chosen if scored else floats([nan])
+            self.front.tell(
+                TokenTexts(rids=i64([rid]), tokens=i32(tokens), texts=pieces, logprobs=logprob)
+            )
+            return
         self.front.tell(
             TextDelta(
                 rid,

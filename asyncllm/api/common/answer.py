@@ -143,6 +143,21 @@ class Choice:
         if self.wants[1] >= 0 and delta.prompt is not None:
             self.scores.logprobs.extend(delta.prompt)
 
+    def take_token(self, token: int, text: str, logprob: float) -> None:
+        """Add one token and its whole text; the log-probability is NaN where it is not known."""
+        if text:
+            self.texts.append(text)
+        self.num_tokens += 1
+        if self.output is not None:
+            self.output.take(text, (text,), 1)
+        if self.wants[0] >= 0:
+            self.tokens.ids.append(token)
+            self.pieces.append(text)
+            if logprob == logprob:
+                self.tokens.logprobs.chosen.append(logprob)
+        elif self.keeps_ids:
+            self.tokens.ids.append(token)
+
     def end(
         self, reason: FinishReason, cached_len: int, stop: str, guessed: tuple[int, int] = (0, 0)
     ) -> None:
@@ -236,8 +251,8 @@ class Reply(Protocol):
         """The events right after the headers."""
         return b""
 
-    def piece(self, choice: Choice, piece: TextDelta) -> bytes:
-        """Events for new tokens, which ``choice`` has taken already."""
+    def piece(self, choice: Choice, text: str, count: int) -> bytes:
+        """Events for ``count`` new tokens and new text, which ``choice`` has taken already."""
 
     def flush_held(self) -> bytes:
         """Events that :meth:`piece` held back, if its choice goes on."""

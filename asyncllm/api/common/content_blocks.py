@@ -12,7 +12,6 @@ from typing import Literal, Protocol
 
 from asyncllm.api.common.answer import Answer, Choice, Reply
 from asyncllm.api.parsing.events import Arguments, CallEnd, CallStart, Content, Event, Reasoning
-from asyncllm.messages import TextDelta
 
 BlockKind = type[Content] | type[Reasoning] | type[CallStart]
 
@@ -103,11 +102,11 @@ class ContentBlockReply(Reply, Protocol):
     def block_stop(self, block: ContentBlock) -> bytes:
         """Events for the end of a block."""
 
-    def piece(self, choice: Choice, piece: TextDelta) -> bytes:
+    def piece(self, choice: Choice, text: str, count: int) -> bytes:
         """Events for what has been found in new text."""
         if choice.output is not None:
             return self._tell(self.blocks.add(choice.output.take_events()))
-        return self._tell(self.blocks.add([Content(piece.text)])) if piece.text else b""
+        return self._tell(self.blocks.add([Content(text)])) if text else b""
 
     def flush(self, choice: Choice) -> bytes:
         """Events for what was held back, and the end of the last block."""

@@ -21,7 +21,8 @@ KEEP_ALIVE: Final = b": keep-alive\n\n"  # a comment, which clients skip
 
 def dumps(value: object) -> str:
     """Compact JSON, not ASCII-only, in one line."""
-    return _one_line(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text if text.isascii() else _one_line(text)
 
 
 def body(value: object) -> bytes:
@@ -72,7 +73,8 @@ def event(value: object, head: bytes = b"data: ") -> bytes:
 
 def quoted(text: str) -> str:
     """A JSON string, quotes included, in one line."""
-    return _one_line(encode_basestring(text))
+    text = encode_basestring(text)
+    return text if text.isascii() else _one_line(text)
 
 
 def _one_line(text: str) -> str:
@@ -81,8 +83,6 @@ def _one_line(text: str) -> str:
     They end no line of an event stream, but clients that split by Unicode's lines, as Python's
     ``splitlines`` does, cut events there. JSON has escapes for all others anyway.
     """
-    if text.isascii():
-        return text
     text = text.replace("\x85", "\\u0085")
     return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 

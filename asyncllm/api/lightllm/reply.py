@@ -11,7 +11,6 @@ from typing import Any, Final
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import REASONS, Answer, Choice, Reply, finite
 from asyncllm.errors import RequestError
-from asyncllm.messages import TextDelta
 
 HEAD: Final = b"data:"  # no space, as LightLLM has it
 TOKEN: Final = ("id", "text", "logprob", "special", "count_output_tokens")
@@ -28,23 +27,21 @@ class NativeReply(Reply):
         self._template: sse.ChunkTemplate | None = None
         self._told_prompt = answer.generation.params.prompt_logprobs < 0
 
-    def piece(self, choice: Choice, piece: TextDelta) -> bytes:
+    def piece(self, choice: Choice, text: str, count: int) -> bytes:
         """An event per token, the newest held back. The texts of the events are the whole text."""
-        count = len(piece.ids)
         if not count:
-            if piece.text:  # held back until the end came
-                i, text = self._held or (None, "")
-                self._held = i, text + piece.text
+            if text:  # held back until the end came
+                i, before = self._held or (None, "")
+                self._held = i, before + text
             return b""
-        if "".join(piece.pieces) == piece.text and len(piece.pieces) == count:
-            texts = list(piece.pieces)
-        else:  # bytes of a character over several tokens, or a stop string held back
-            texts = [""] * (count - 1) + [piece.text]
-        out = b""
         first = choice.num_tokens - count
-        for i, text in enumerate(texts):
+        texts = choice.pieces[first:]
+        if "".join(texts) != text:  # bytes of a character over several tokens, or a stop string
+            texts = [""] * (count - 1) + [text]
+        out = b""
+        for i, part in enumerate(texts, first):
             out += self.flush_held()
-            self._held = first + i, text
+            self._held = i, part
         return out
 
     def flush_held(self) -> bytes:

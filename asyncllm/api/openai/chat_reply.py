@@ -23,7 +23,6 @@ from asyncllm.api.parsing.events import (
     Reasoning,
 )
 from asyncllm.api.parsing.output_parser import OutputParser
-from asyncllm.messages import TextDelta
 
 ChatDelta = dict[str, Any]
 
@@ -42,20 +41,20 @@ class ChatReply(OpenAIReply):
             chunks[0]["prompt_token_ids"] = list(self.answer.prompts[0])
         return b"".join(map(sse.event, chunks))
 
-    def piece(self, choice: Choice, piece: TextDelta) -> bytes:
+    def piece(self, choice: Choice, text: str, count: int) -> bytes:
         """One content chunk, if there is something to say."""
         if self._wants_logprobs or self._wants_ids:
-            if not piece.ids and not piece.text:
+            if not count and not text:
                 return b""
-            return self._event(choice, {"content": piece.text}, self._of_tokens(choice, piece))
-        if not piece.text:
+            return self._event(choice, {"content": text}, self._of_tokens(choice, count))
+        if not text:
             return b""
         if self._continuous:
-            return self._event(choice, {"content": piece.text})
+            return self._event(choice, {"content": text})
         if (ready := self._templates.get(choice.index)) is None:
             body = {"delta": {"content": sse.MARK}, "logprobs": None, "finish_reason": None}
             ready = self._templates[choice.index] = sse.ChunkTemplate(self._chunk(choice, body))
-        return ready.text(piece.text)
+        return ready.text(text)
 
     def end(self, choice: Choice) -> bytes:
         """An empty delta with the finish reason."""
@@ -110,9 +109,9 @@ class ParsedChatReply(ChatReply):
         # by choice, kind of event, and call
         self._ready: dict[tuple[int, type[Event], int], sse.ChunkTemplate] = {}
 
-    def piece(self, choice: Choice, piece: TextDelta) -> bytes:
+    def piece(self, choice: Choice, text: str, count: int) -> bytes:
         """A chunk for each thing found; the first has the log-probabilities of all new tokens."""
-        return self._events(choice, self._of_tokens(choice, piece) if piece.ids else {})
+        return self._events(choice, self._of_tokens(choice, count) if count else {})
 
     def end(self, choice: Choice) -> bytes:
         """What was held back, then an empty delta with the finish reason."""

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import REASONS, Answer, Choice, Reply
 from asyncllm.errors import RequestError
-from asyncllm.messages import TextDelta
 
 
 class OpenAIReply(Reply):
@@ -36,13 +35,14 @@ class OpenAIReply(Reply):
         """Of the tokens generated from ``first`` on."""
         raise NotImplementedError
 
-    def _of_tokens(self, choice: Choice, piece: TextDelta) -> dict[str, object]:
-        """What a chunk says about the tokens of a piece, if that is wanted."""
+    def _of_tokens(self, choice: Choice, count: int) -> dict[str, object]:
+        """What a chunk says about its tokens, the newest ``count``, if that is wanted."""
         more: dict[str, object] = {}
+        first = choice.num_tokens - count
         if self._wants_logprobs:
-            more["logprobs"] = self._logprobs(choice, choice.num_tokens - len(piece.ids))
+            more["logprobs"] = self._logprobs(choice, first)
         if self._wants_ids:
-            more["token_ids"] = list(piece.ids)
+            more["token_ids"] = list(choice.tokens.ids[first:])
         return more
 
     def _name(self, token: int) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import Answer, Choice
 from asyncllm.api.openai.chunks import OpenAIReply, finish_reason
-from asyncllm.messages import TextDelta
 
 
 class CompletionReply(OpenAIReply):
@@ -30,7 +29,7 @@ class CompletionReply(OpenAIReply):
         unsaid = [c for c in self.answer.choices if c.index not in self._echoed]
         return b"".join(self._echo(choice) for choice in unsaid)
 
-    def piece(self, choice: Choice, piece: TextDelta) -> bytes:
+    def piece(self, choice: Choice, text: str, count: int) -> bytes:
         """One chunk; with echo and logprobs the prompt's chunk once its scores are complete."""
         generation = self.answer.generation
         out = b""
@@ -38,17 +37,17 @@ class CompletionReply(OpenAIReply):
             complete = (
                 len(choice.scores.logprobs) >= len(self.answer.prompts[choice.prompt_idx]) - 1
             )
-            if complete or piece.ids:
+            if complete or count:
                 out = self._echo(choice)
         if self._wants_logprobs or self._wants_ids:
-            if piece.ids or piece.text:
-                out += self._event(choice, piece.text, self._of_tokens(choice, piece))
-        elif piece.text:
-            out += self._event(choice, piece.text)
+            if count or text:
+                out += self._event(choice, text, self._of_tokens(choice, count))
+        elif text:
+            out += self._event(choice, text)
         return out
 
-    def _of_tokens(self, choice: Choice, piece: TextDelta) -> dict[str, object]:
-        more = super()._of_tokens(choice, piece)
+    def _of_tokens(self, choice: Choice, count: int) -> dict[str, object]:
+        more = super()._of_tokens(choice, count)
         if self._wants_ids:
             first = choice.index not in self._told
             self._told.add(choice.index)

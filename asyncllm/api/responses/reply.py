@@ -20,7 +20,6 @@ from asyncllm.api.responses.store import ResponseStore, StoredResponse
 from asyncllm.api.responses.tools import ClientTool
 from asyncllm.core.request import FinishReason
 from asyncllm.errors import RequestError
-from asyncllm.messages import TextDelta
 
 PREFIXES: Final = {Content: "msg_", Reasoning: "rs_", CallStart: "fc_"}  # of items' ids
 EVENTS: Final = {  # that carry the text of a block
@@ -50,12 +49,11 @@ class ResponseReply(ContentBlockReply):
             "response.in_progress", response=response
         )
 
-    def piece(self, choice: Choice, piece: TextDelta) -> bytes:
+    def piece(self, choice: Choice, text: str, count: int) -> bytes:
         """What has been found in new text."""
-        if self._scored and piece.ids:
-            vocab, first = self.answer.vocab, choice.num_tokens - len(piece.ids)
-            self._scores += scored(vocab, choice, first)
-        return super().piece(choice, piece)
+        if self._scored and count:
+            self._scores += scored(self.answer.vocab, choice, choice.num_tokens - count)
+        return super().piece(choice, text, count)
 
     def block_start(self, block: ContentBlock) -> bytes:
         """The item, empty, and its part if it has parts."""

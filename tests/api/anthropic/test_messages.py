@@ -360,7 +360,7 @@ def test_stream() -> None:
     for piece in ('a"\n', "", "é"):
         news = delta(piece, i32([0]))
         choice.take(news)
-        raw += made.piece(choice, news) + made.flush_held()
+        raw += made.piece(choice, news.text, len(news.ids)) + made.flush_held()
     choice.reason, choice.cached_len = FinishReason.LENGTH, 2
     raw += made.end(choice) + made.closing()
     start, *middle, last, stop = typed_events(raw)
@@ -470,7 +470,9 @@ def parted(case: Case, pieces: list[str], **body: Any) -> tuple[MessageReply, by
     for piece in pieces:
         news = delta(piece, i32([65]), (piece,))
         choice.take(news)
-        raw += made.piece(choice, news) if made.answer.generation.stream else b""
+        raw += (
+            made.piece(choice, news.text, len(news.ids)) if made.answer.generation.stream else b""
+        )
     choice.end(ending(reason), 1, "")
     return made, raw
 

@@ -35,6 +35,8 @@ def parted(
     for piece in pieces:
         news = delta(piece, i32([65]), (piece,))
         choice.take(news)
-        raw += made.piece(choice, news) if made.answer.generation.stream else b""
+        raw += (
+            made.piece(choice, news.text, len(news.ids)) if made.answer.generation.stream else b""
+        )
     choice.end(ending(reason), 1, "")
     return made, raw

@@ -294,7 +294,7 @@ def test_log_probabilities() -> None:
             scores = Logprobs(best, floats(-0.5), i32([98] * best), floats(*[-1] * best))
             news = delta(text, i32([97]), (text,), scores)
             choice.take(news)
-            raw += made.piece(choice, news)
+            raw += made.piece(choice, news.text, len(news.ids))
         got = typed_events(raw + made.end(choice) + made.closing())
         one = {"token": "a", "logprob": -0.5, "bytes": [97]}
         one["top_logprobs"] = [{"token": "b", "logprob": -1.0, "bytes": [98]}] * best
@@ -370,7 +370,7 @@ def test_stream(reason: FinishReason, status: str) -> None:
     for piece in ('a"\n', "", "é"):
         news = delta(piece, i32([0]))
         choice.take(news)
-        raw += made.piece(choice, news) + made.flush_held()
+        raw += made.piece(choice, news.text, len(news.ids)) + made.flush_held()
     choice.cached_len = 2
     raw += made.end(choice) + made.closing()
     got = typed_events(raw)
