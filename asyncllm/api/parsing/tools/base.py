@@ -50,6 +50,8 @@ class ToolParser(IncrementalParser[Event]):
     """
 
     marks: ClassVar[Literals]  # each may begin a block of calls
+    # those that any JSON has: what is read of it in vain is text, and no part of it is read again
+    bare: ClassVar[tuple[str, ...]] = ()
     tokens: ClassVar[tuple[str, ...]] = ()  # marks that may be special tokens of a model
     # what may still follow the last arguments of a block, without white space
     tails: ClassVar[tuple[str, ...]] = ()
@@ -240,10 +242,11 @@ class ToolParser(IncrementalParser[Event]):
                     s.pos = len(s.buf)
                 self._end(complete=False)
                 continue
+            read = s.pos
             s.rewind()
             if len(self.calls) == num_calls:
-                self._text(mark)
-                s.pos = len(mark)
+                s.pos = max(read, len(mark)) if mark in self.bare else len(mark)
+                self._text(s.buf[: s.pos])
             elif s.starved and self._is_tail("".join(s.buf.split())):
                 s.pos = len(s.buf)
                 self._absorb()

@@ -41,6 +41,7 @@ class Llama3Calls(ToolParser):
     """``{"name": .., "parameters": {..}}``, several separated by ``;``, perhaps after a mark."""
 
     marks = Literals("<|python_tag|>", "{")
+    bare = ("{",)
     tokens = ("<|python_tag|>",)
     tails = ("}",)
 
@@ -67,6 +68,7 @@ class BareJson(ToolParser):
     """The whole answer is a call object or a list of them: what a forced call looks like."""
 
     marks = Literals("[", "{")
+    bare = marks.all
     tails = ("}]", "]")
 
     def _block(self, mark: str) -> Run[bool]:

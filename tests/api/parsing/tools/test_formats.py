@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from time import thread_time
 
 import pytest
 
@@ -198,6 +199,17 @@ def test_a_parameter_that_the_stream_cuts_is_not_made_json() -> None:
     text += "</function>"  # which may be part of the value, and more of it to come
     assert calls("qwen3_coder", text) == [("f", '{"s": "rm -rf /tmp</function>', False)]
     assert calls("qwen3_coder", f"{text}</tool_call>") == [("f", '{"s": "rm -rf /tmp"}', True)]
+
+
+@pytest.mark.parametrize("format_name", ["llama3", "json"])
+def test_json_that_is_no_call_is_read_once(format_name: str) -> None:
+    inside = '{"name": "f", "parameters": {}}'
+    text = '{"arguments": ' * 95 + f'{{"a": [{inside}, ' + "1," * 20_000
+    begun = thread_time()
+    found = parse_whole(format_name, text, [Tool("f")])
+    assert thread_time() - begun < 1, "it took 4 s"
+    assert (found.content, found.calls) == (text, ())
+    assert parse_whole(format_name, f'{{"a": {inside}}}', [Tool("f")]).calls, "as it always was"
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1" + "0" * 5000])
