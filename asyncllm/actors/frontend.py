@@ -336,7 +336,7 @@ class Frontend(Actor[Inbox]):
     async def scrape(self) -> Scraped:
         """State of the whole server. Raises NotServing (503) on timeout."""
         query, future = self._query()
-        self._watchdog.tell(Scrape(query, self.system.endpoint))
+        self._watchdog.tell(Scrape(query, self.system.endpoint), urgent=True)
         answer = await self._wait(query, future, "the watchdog")
         assert isinstance(answer, Scraped), answer
         return answer
@@ -344,7 +344,7 @@ class Frontend(Actor[Inbox]):
     async def nodes(self) -> bytes:
         """A master's nodes, as JSON. Raises NotServing (503) on timeout."""
         query, future = self._query()
-        self._place.tell(AskNodes(query, self.system.endpoint))
+        self._place.tell(AskNodes(query, self.system.endpoint), urgent=True)
         answer = await self._wait(query, future, "the director")
         assert isinstance(answer, NodesAnswer), answer
         return answer.body

@@ -269,18 +269,17 @@ class KvSender(TransferThread):
         return receiver
 
     def _connect(self, receiver: _ReceiverConnection) -> None:
-        sock = self.ctx.socket(zmq.DEALER)
-        receiver.monitor = Monitor(sock, zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
-        sock.setsockopt(zmq.RECONNECT_IVL, -1)  # a new connection would be a new peer
-        bounds(sock)
-        sock.setsockopt(zmq.IPV6, ipv6(receiver.address))
-        known_to(sock, self._keys[receiver.attempts % len(self._keys)])
         try:
+            sock = self.ctx.socket(zmq.DEALER)
+            receiver.monitor = Monitor(sock, zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
+            sock.setsockopt(zmq.RECONNECT_IVL, -1)  # a new connection would be a new peer
+            bounds(sock)
+            sock.setsockopt(zmq.IPV6, ipv6(receiver.address))
+            known_to(sock, self._keys[receiver.attempts % len(self._keys)])
             sock.connect(receiver.address)
-        except zmq.ZMQError as error:
+        except zmq.ZMQError as error:  # no such address, or no descriptor is left
             log.warning("K/V cannot be sent to %s: %s", receiver.address, error)
             self._disconnect(receiver)
-            sock.close()
             return
         receiver.sock, receiver.attempts = sock, receiver.attempts + 1
         self.poller.register(sock, zmq.POLLIN)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections import deque
 
+from asyncllm.api.common.errors import NotServing
 from asyncllm.errors import RequestError
 from asyncllm.templates import MAX_FRAME, START_S, TemplateHelper, TemplateSet, frame
 
@@ -37,10 +38,18 @@ class TemplateRenderer:
         self._deaths: deque[float] = deque(maxlen=MOST_DEATHS)
 
     def start(self) -> None:
-        """Start a helper for the first chat, if chats can be rendered."""
-        if not self._chats.fault:
+        """Start a helper for the first chat, if chats can be rendered.
+
+        Where there is no descriptor or no memory for it, the next chat tries again.
+        """
+        if self._chats.fault:
+            return
+        try:
             self._helper, self._ready = TemplateHelper(self._chats), False
-            self._helper.sock.setblocking(False)
+        except OSError as error:
+            log.error("no process that renders chat templates can be started: %s", error.strerror)
+            return
+        self._helper.sock.setblocking(False)
 
     def stop(self) -> None:
         """Kill the helper."""
@@ -65,12 +74,11 @@ class TemplateRenderer:
         async with self._turn:
             loop = asyncio.get_running_loop()
             if len(self._deaths) == MOST_DEATHS and loop.time() - self._deaths[0] < MINUTE_S:
-                busy = RequestError("the processes that render chat templates die, see the log")
-                busy.status = 503
-                raise busy
+                raise NotServing("the processes that render chat templates die, see the log")
             if self._helper is None:
                 self.start()
-            assert self._helper is not None
+            if self._helper is None:
+                raise NotServing("no process that renders chat templates can be started")
             try:
                 if not self._ready:
                     await self._ask(self._helper, self._helper.first, START_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import subprocess
 import sys
@@ -123,6 +124,22 @@ def test_a_helper_that_dies_is_replaced_until_it_dies_all_the_time(
     errors = play(work)
     assert [error.status for error in errors] == [400, 400, 503]
     assert "died" in errors[0].message
+
+
+def test_a_helper_that_cannot_be_started_costs_one_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def work(renderer: TemplateRenderer) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "TemplateHelper", none_left)
+            renderer.start()
+            with pytest.raises(RequestError, match="can be started") as caught:
+                await ask(renderer, "x")
+            assert caught.value.status == 503
+        assert (await ask(renderer, "x"))[1] == "<s>xB"
+
+    play(work)
 
 
 def test_an_idle_helper_takes_no_part_in_a_stop() -> None:
