@@ -26,6 +26,7 @@ from asyncllm.errors import StartupError
 from asyncllm.server import signals
 from asyncllm.server.compile_helper import CompileHelper
 from asyncllm.server.cuda_context import open_early
+from asyncllm.server.early_ranks import EarlyRanks
 
 NUMBER = re.compile(r"[-+]?[0-9.eE+-]*|[-+]?(inf|nan)", re.ASCII)
 ALIASES = {
@@ -82,13 +83,16 @@ def main(argv: list[str] | None = None) -> int:
             return _make_cluster_key(config.make_cluster_key)
         with contextlib.ExitStack() as stack:
             ahead = stack.enter_context(CompileHelper()) if _compiles(config) else None
+            early = None
+            if others := _other_ranks(config):
+                early = stack.enter_context(EarlyRanks(others, cuda=ahead is not None))
             if ahead is not None:
                 open_early(0)
             gc.disable()  # it would look in vain: what is imported stays
             from asyncllm.rank import serve  # takes seconds: torch
 
             gc.enable()
-            return serve(config, ahead)
+            return serve(config, ahead, early)
     except StartupError as error:
         return _refuse(error)
 
@@ -101,6 +105,13 @@ def _compiles(config: Config) -> bool:
         and config.run_mode not in roles.LISTEN
         and not config.check
     )
+
+
+def _other_ranks(config: Config) -> int:
+    """How many ranks to start already. Of several nodes none: they inherit the network interface
+    that is found when the nodes meet."""
+    alone = config.nnodes > 1 or config.check or config.run_mode in roles.LISTEN
+    return 0 if alone else config.tp - 1
 
 
 def _make_cluster_key(name: str) -> int:

@@ -28,7 +28,7 @@ API_KEY = "ASYNCLLM_API_KEY"
 
 
 def take_api_key() -> str | None:
-    """Remove ASYNCLLM_API_KEY, so that children do not inherit it. None: not set."""
+    """Remove ASYNCLLM_API_KEY, so that nothing here inherits it. None: not set."""
     return os.environ.pop(API_KEY, None)
 
 
@@ -52,6 +52,11 @@ def cpu_count() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0)) or 1
     return os.cpu_count() or 1
+
+
+def cores_each(num_ranks: int) -> int:
+    """Threads for each of a machine's ranks, which share its cores."""
+    return max(1, cpu_count() // max(1, num_ranks))
 
 
 def memory_available(root: Path = Path("/")) -> int:
@@ -83,8 +88,10 @@ def _read(path: Path) -> str:
 
 
 def child_environment(**extra: str) -> dict[str, str]:
-    """This process's environment with ``extra`` on top, e.g. OMP_NUM_THREADS, for a child."""
-    return {**os.environ, **extra}
+    """This process's environment with ``extra`` on top, e.g. OMP_NUM_THREADS, for a child; without
+    keys, which a child that serves is told."""
+    kept = {name: value for name, value in os.environ.items() if name != API_KEY}
+    return kept | extra
 
 
 # search paths for programs and libraries

@@ -1,4 +1,4 @@
-"""Entry point of every server process: rank 0 prepares and serves; children get their role."""
+"""What every server process runs: rank 0 prepares and serves; children get their role."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from asyncllm.server.check import check
 from asyncllm.server.cluster import open_channel
 from asyncllm.server.compile_helper import CompileHelper
 from asyncllm.server.compile_kernels import job, job_name
+from asyncllm.server.early_ranks import EarlyRanks
 from asyncllm.server.endpoint_assignment import (
     EndpointAssignment,
     assign_on_nodes,
@@ -41,24 +42,26 @@ from asyncllm.server.launch import (
     NodeWires,
     ZmqAddresses,
     bind_http,
-    die_with_parent,
     tls_context,
 )
 from asyncllm.server.lease import take_lease
 from asyncllm.server.loading import load_text
 from asyncllm.server.process import EXIT_STARTUP, NodeResources, Server
-from asyncllm.server.signals import SignalWatcher, end, hold_draining, leave_to_leader
+from asyncllm.server.signals import SignalWatcher, hold_draining
 from asyncllm.text import ModelTokenizer
 from asyncllm.topology import HTTP, Topology
 
 logger = logging.getLogger(__name__)
 
 
-def serve(config: Config, ahead: CompileHelper | None = None) -> int:
+def serve(
+    config: Config, ahead: CompileHelper | None = None, early: EarlyRanks | None = None
+) -> int:
     """Run a whole server as rank 0 until it is told to stop; returns the exit code.
 
     Args:
         ahead: the helper that compiles kernels meanwhile.
+        early: other ranks, which import meanwhile.
 
     Raises:
         StartupError: the server cannot start as configured.
@@ -97,7 +100,7 @@ def serve(config: Config, ahead: CompileHelper | None = None) -> int:
             listen_fd=sock.fileno() if serves else -1,
             parent=0,
             store_fd=assignment.store_fd,
-            heartbeats_fd=Heartbeats.create() if assignment.wires.address(0) else -1,
+            heartbeats_fd=_heartbeats_fd(assignment, early),
             advertised=assignment.advertised,
             cluster_host=cluster_host,
             incarnation="" if channel is None else channel.info.incarnation,
@@ -109,8 +112,15 @@ def serve(config: Config, ahead: CompileHelper | None = None) -> int:
         if ahead is not None:
             _compile(ahead, boot, spec)
         status = None if serves else sock
-        resources = NodeResources(assignment.wires, assignment.node_link, status, channel, ahead)
-        return uvloop.run(Server(boot, spec, text, resources, watch).run())
+        node = assignment.wires, assignment.node_link, status, channel, ahead, early
+        return uvloop.run(Server(boot, spec, text, NodeResources(*node), watch).run())
+
+
+def _heartbeats_fd(assignment: EndpointAssignment, early: EarlyRanks | None) -> int:
+    """Memory for heartbeats; -1: there are no other processes."""
+    if not assignment.wires.address(0):
+        return -1
+    return Heartbeats.create() if early is None else early.heartbeats_fd
 
 
 def _assign_endpoint(
@@ -228,8 +238,8 @@ def resolve(
     return replace(resolved, quant=quantisation.to_text(asked), notes=said)
 
 
-def main() -> int:
-    """Entry of a child process: reads its ``Boot`` from standard input."""
+def child() -> int:
+    """Run a child process, which gets its ``Boot`` on standard input."""
     if not (text := sys.stdin.read()):
         return 1  # rank 0 is already gone
     try:
@@ -237,9 +247,6 @@ def main() -> int:
     except StartupError as error:
         sys.stderr.write(f"asyncllm: {error}\n")
         return EXIT_STARTUP
-    if not boot.me.replaceable:  # an HTTP worker ends its requests first
-        die_with_parent(boot.parent)
-    leave_to_leader()
     log.setup(boot.config.log_level, boot.config.log_json, boot.name.replace(" ", ""))
     watch = SignalWatcher(boot.name, leads=False)
     try:
@@ -251,7 +258,3 @@ def main() -> int:
     except StartupError as error:
         logger.critical("%s cannot start: %s", boot.name, error)
         return EXIT_STARTUP
-
-
-if __name__ == "__main__":
-    end(main())

@@ -40,7 +40,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """Configurations handed to a stand-in for ``rank.serve``."""
     seen: list[Config] = []
 
-    def serve(config: Config, ahead: object) -> int:
+    def serve(config: Config, ahead: object, early: object) -> int:
         seen.append(config)
         if config.model_dir == "missing":
             raise StartupError("no such folder:\n  missing")

@@ -30,9 +30,9 @@ from asyncllm.kernels.autotune import DeviceFacts
 from asyncllm.models.checkpoint import as_stored, read_checkpoint
 from asyncllm.models.spec import ModelSpec
 from asyncllm.server import nodes as nodes  # registers rank 0's messages: a ``Boot`` has their hash
-from asyncllm.server.launch import Boot, die_with_parent
+from asyncllm.server.launch import Boot
 from asyncllm.server.loading import engine_of, sizes_of, warm
-from asyncllm.server.signals import end, leave_to_leader
+from asyncllm.server.signals import die_with_parent, end, leave_to_leader
 
 # imported at their first use in steps, those of torch by operators on tensors without memory
 USED_IN_STEPS = (

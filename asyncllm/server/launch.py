@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import logging
 import os
 import select
 import shutil
-import signal
 import socket
 import ssl
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -29,12 +26,10 @@ from typing import Any
 from asyncllm.actors.transport import tcp
 from asyncllm.codec import protocol
 from asyncllm.config import Config, ResolvedConfig
-from asyncllm.environment import child_environment
 from asyncllm.errors import Mismatch, StartupError
-from asyncllm.server import signals
+from asyncllm.server.early_ranks import EarlyRanks, spawn
 from asyncllm.topology import Contract, Endpoint, Topology
 
-PR_SET_PDEATHSIG = 1
 EXIT_GRACE_S = 5.0
 EXIT_FAILED = 1  # of a process that ends because something in it failed, e.g. a collective
 FOLDERS = Path("/tmp")
@@ -128,10 +123,13 @@ class Children:
 
     Args:
         on_death: called with a child's boot, pid and exit code when it ends unexpectedly.
+        early: ranks that have been started already; None: there are none.
     """
 
-    def __init__(self, on_death: Callable[[Boot, int, int], None]) -> None:
-        self._on_death = on_death
+    def __init__(
+        self, on_death: Callable[[Boot, int, int], None], early: EarlyRanks | None = None
+    ) -> None:
+        self._on_death, self._early = on_death, early
         self._loop = asyncio.get_running_loop()
         self._running: dict[int, tuple[Boot, subprocess.Popen[bytes]]] = {}  # by pidfd
         self._leaving = False
@@ -139,15 +137,15 @@ class Children:
         self._empty.set()
 
     def start(self, boot: Boot, num_threads: int) -> None:
-        """Start a child and pass it ``boot`` on its standard input."""
-        fds = [fd for fd in (boot.listen_fd, boot.heartbeats_fd) if fd >= 0]
-        with signals.for_child():
-            process = subprocess.Popen(
-                [sys.executable, "-m", "asyncllm.rank"],
-                stdin=subprocess.PIPE,
-                pass_fds=fds,
-                env=child_environment(OMP_NUM_THREADS=str(num_threads)),
-            )
+        """Start a child, if it has not been, and pass it ``boot`` on its standard input."""
+        process = None
+        if self._early is not None and not boot.me.replaceable:
+            process = self._early.take()
+        if process is None:
+            fds = [fd for fd in (boot.listen_fd, boot.heartbeats_fd) if fd >= 0]
+            # an HTTP worker ends its requests when rank 0 dies, and then itself
+            words = () if boot.me.replaceable else (str(boot.parent),)
+            process = spawn(num_threads, fds, *words)
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin:  # its death is noticed below
             process.stdin.write(boot.to_json().encode())
@@ -209,15 +207,6 @@ class Children:
         for process in processes:  # a process that hangs in a driver is left to the kernel
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(KILLED_S)
-
-
-def die_with_parent(parent: int) -> None:
-    """Ask the kernel to kill this process when ``parent`` dies."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:  # it ended before the kernel was told
-        os._exit(1)
 
 
 def watch_parent(parent: int, orphaned: Callable[[], object]) -> None:

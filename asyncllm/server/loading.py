@@ -43,7 +43,7 @@ from asyncllm.engine.engine import Engine
 from asyncllm.engine.kernel_recording import DryDevice
 from asyncllm.engine.parallel import Group, Ranks, SingleRank
 from asyncllm.engine.step_timing import measure
-from asyncllm.environment import cpu_count
+from asyncllm.environment import cores_each
 from asyncllm.errors import StartupError
 from asyncllm.models import rope
 from asyncllm.models.checkpoint import weight_files
@@ -149,7 +149,7 @@ def torch_device(boot: Boot) -> torch.device:
 def num_threads(boot: Boot) -> int:
     """Threads for a rank's CPU computations: the node's ranks share its cores."""
     ours = [rank for rank in boot.topology.ranks if rank.node == boot.me.node]
-    return max(1, cpu_count() // max(1, len(ours)))
+    return cores_each(len(ours))
 
 
 def load_endpoint(

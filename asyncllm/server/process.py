@@ -34,6 +34,7 @@ from asyncllm.server.assembly import place
 from asyncllm.server.cluster import introduce
 from asyncllm.server.compile_helper import CompileHelper
 from asyncllm.server.culprit import Culprit
+from asyncllm.server.early_ranks import EarlyRanks
 from asyncllm.server.launch import (
     EXIT_FAILED,
     Boot,
@@ -73,6 +74,7 @@ class NodeResources:
         status: bound socket for /health and /metrics of a node that serves no requests.
         channel: to other servers of a cluster; None: it belongs to none.
         ahead: the helper that compiles this node's kernels; None: kernels compile at first use.
+        early: the node's other ranks, as far as they have been started already.
     """
 
     wires: ZmqAddresses | NodeWires | None = None
@@ -80,6 +82,7 @@ class NodeResources:
     status: socket | None = None
     channel: Channel | None = None
     ahead: CompileHelper | None = None
+    early: EarlyRanks | None = None
 
 
 class Server:
@@ -97,7 +100,7 @@ class Server:
         self._wires, self._node_link, self._watch = resources.wires, resources.node_link, watch
         self._status: StatusPages | None = None
         self._status_socket, self._channel = resources.status, resources.channel
-        self._ahead = resources.ahead
+        self._ahead, self._early = resources.ahead, resources.early
         self._system: ActorSystem
         self._children: Children | None = None
         self._leaving = threading.Lock()
@@ -174,7 +177,7 @@ class Server:
         """In the process that the user started: handle signals, start the other processes of the
         node and monitor other nodes."""
         handle_draining(asyncio.get_running_loop(), self._signalled)
-        self._children = children = Children(self._child_died)
+        self._children = children = Children(self._child_died, self._early)
         self._watch.leave = self._abandon
         self._watch.forward = lambda: children.signal(SHOW)
         if self._node_link is not None:

@@ -5,6 +5,7 @@ Knows signals and threads; the process supplies the actions.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import logging
 import os
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import asyncio
 
 STDERR = 2
+PR_SET_PDEATHSIG = 1
 DRAIN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SHOW = signal.SIGUSR1
 # for whole groups of processes: a terminal's Ctrl-C, Ctrl-\ and hang-up, systemd's stop
@@ -112,6 +114,15 @@ def for_child() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel to kill this process when ``parent`` dies."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it ended before the kernel was told
+        os._exit(1)
 
 
 def leave_to_leader() -> None:

@@ -185,7 +185,7 @@ def test_a_child_that_cannot_start_ends_the_server(tiny_dir: Path, tmp_path: Pat
     with server.failing():
         (child,) = server.first_children(1)
         os.kill(child, signal.SIGKILL)
-        assert server.process.wait(10) == 1
+        assert server.process.wait(60) == 1  # it has yet to import
     assert f"rank 1 (pid {child}) ended with exit code -9: stopping the server" in server.text()
     assert "Traceback" not in server.text()
 
@@ -201,7 +201,7 @@ def test_sigterm_while_loading_ends_it(demo_dir: Path, tmp_path: Path) -> None:
             said = ("rank 0: starting", "rank 1: starting")
             return wait_until(lambda: all(text in server.text() for text in said), 0.5)
 
-        assert wait_until(shown, 20), server.text()
+        assert wait_until(shown, 60), server.text()
         assert server.stop(10) == 0
         assert not alive(child)
     assert "stopped while starting" in server.text()
@@ -307,6 +307,18 @@ def test_a_busy_port_is_one_line_and_exit_code_2(tiny_dir: Path) -> None:
     assert done.returncode == 2
     assert str(port) in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_refused_start_of_several_ranks_leaves_no_process(tiny_dir: Path, tmp_path: Path) -> None:
+    """They have been started by then."""
+    server = Server(tiny_dir, tmp_path / "log", *TP2, "--eos_id", "320")
+    with server.failing():
+        (child,) = server.first_children(1)
+        assert server.process.wait(60) == 2
+        assert not alive(child)
+    *_, last = server.text().splitlines()
+    assert "--eos_id 320" in last
+    assert "rank 1" not in server.text()
 
 
 def test_check_prints_the_plan_and_exits(demo_dir: Path) -> None:

@@ -79,7 +79,7 @@ def test_a_child_ends_with_one_line_where_rank_0_is_of_another_version(
 ) -> None:
     plain = change(json.loads(boot().to_json()))
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(plain)))
-    assert rank.main() == 2
+    assert rank.child() == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
 

@@ -1,0 +1,81 @@
+"""Ranks that are started before rank 0 knows what they are for."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from asyncllm import cli, rank
+from asyncllm.environment import API_KEY, child_environment
+from asyncllm.server import early_ranks
+from asyncllm.server.early_ranks import MOST, EarlyRanks
+
+Spawned = list[tuple[subprocess.Popen[bytes], tuple[str, ...]]]
+
+
+@pytest.fixture
+def spawned(monkeypatch: pytest.MonkeyPatch) -> Spawned:
+    """Processes that wait on standard input, in the place of ranks, with their words."""
+    seen: Spawned = []
+
+    def spawn(num_threads: int, fds: Sequence[int], *words: str) -> subprocess.Popen[bytes]:
+        seen.append((subprocess.Popen(["cat"], stdin=subprocess.PIPE), words))
+        return seen[-1][0]
+
+    monkeypatch.setattr(early_ranks, "spawn", spawn)
+    return seen
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_they_are_taken_in_order_and_those_left_over_are_killed(
+    spawned: Spawned, cuda: bool
+) -> None:
+    with EarlyRanks(3, cuda=cuda) as early:
+        assert [words[1:] for _, words in spawned] == [(str(i),) * cuda for i in (1, 2, 3)]
+        first = early.take()
+        assert first is spawned[0][0]
+    assert [process.poll() for process, _ in spawned] == [None, -9, -9]
+    assert first is not None
+    first.communicate()
+    assert first.returncode == 0
+
+
+def test_a_number_that_is_refused_later_does_not_fill_the_machine(spawned: Spawned) -> None:
+    with EarlyRanks(60_000, cuda=False):
+        assert len(spawned) == MOST
+
+
+@pytest.mark.parametrize(
+    ("words", "others"),
+    [
+        ("--tp 4", 3),
+        ("--tp 4 --dp 2", 3),
+        ("", 0),
+        ("--tp 4 --check", 0),
+        ("--tp 4 --nnodes 2 --node_rank 1 --nccl_host 10.0.0.1", 0),
+        ("--run_mode pd_master", 0),
+        ("--run_mode prefill --tp 2 --pd_master_ip 10.0.0.1", 1),
+    ],
+)
+def test_how_many_there_are(words: str, others: int) -> None:
+    assert cli._other_ranks(cli.parse(words.split())) == others
+
+
+def test_one_that_gets_no_boot_ends_silently(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert rank.child() == 1
+    assert capsys.readouterr() == ("", "")
+
+
+def test_no_child_inherits_the_api_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(API_KEY, "secret")
+    given: dict[str, Any] = child_environment(OMP_NUM_THREADS="1")
+    assert API_KEY not in given
+    assert given["OMP_NUM_THREADS"] == "1"
