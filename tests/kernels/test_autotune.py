@@ -33,7 +33,7 @@ KINDS = ("", *KIND_NAMES.values())
 KEYS = {
     "decode": {key + kind + way for key in PAIRS for kind in KINDS for way in WAYS},
     "prefill": {key + kind for key in BLOCKS for kind in KINDS},
-    "latent": {f"{pairs} {size}" for pairs in (16, 64) for size in ("few", "many")},
+    "latent": {"16 few", "16 many", "64 few", "64 many", "64 shared"},
     "latent prefill": {"all"},
     "experts": {
         f"{kind}{size}"
