@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from asyncllm.constrain.grammars import ebnf, regex
 from asyncllm.constrain.grammars.calls import calls_grammar
-from asyncllm.constrain.grammars.writing import FeasibilityChecks, schema_grammar
+from asyncllm.constrain.grammars.writing import COMPACT, FeasibilityChecks, schema_grammar
 from asyncllm.constrain.protocol import NO_PATH, Path
 from asyncllm.constrain.spelling import Spelling
 from asyncllm.constrain.vocabulary import passes
@@ -54,8 +54,10 @@ SPELLED: Final = 0.9
 WEIGHT: Final = 4.0  # of that, in tokens
 FADE: Final = 0.96  # of an observation with each later one
 
-NAMES: Final = {"json": "JSON", "schema": "the JSON schema", "regex": "the regular expression",
-                "ebnf": "the EBNF grammar", "choice": "the choices", "calls": "the tools' parameters"}  # fmt: skip
+OBJECT: Final = '{"type": "object"}'  # the schema of the kind "json"
+NAMES: Final = {"json": "JSON", "schema": "the JSON schema", "compact": "the JSON schema",
+                "regex": "the regular expression", "ebnf": "the EBNF grammar",
+                "choice": "the choices", "calls": "the tools' parameters"}  # fmt: skip
 _LIMIT: Final = re.compile(r"fuel|too (complex|many|large|big)|limit|exceed", re.IGNORECASE)
 
 
@@ -170,9 +172,11 @@ class GrammarEngine:
                 return choices(json.loads(text))
             case "calls":
                 return calls_grammar(json.loads(text.partition("\n")[2]), self._checks(kind))
+            case "compact":
+                return schema_grammar(text, self._checks(kind), COMPACT)
             case _:
                 pass
-        return schema_grammar('{"type": "object"}' if kind == "json" else text, self._checks(kind))
+        return schema_grammar(OBJECT if kind == "json" else text, self._checks(kind))
 
     def _checks(self, kind: str) -> FeasibilityChecks:
         """For one grammar, which may take MAX_TRANSLATE_S from now on."""

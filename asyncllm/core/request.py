@@ -100,11 +100,11 @@ class SamplingParams:
         )
 
 
-# kinds of SamplingParams.grammar: any JSON object (no text), a JSON schema, a regular expression,
-# EBNF rules starting at ``root``, a JSON array of texts to choose from, calls within free text: the
-# mark that begins one, a line break, and a JSON array of what may follow it, each {"begin",
-# "schema", "style", "end"}
-GRAMMARS = ("json", "schema", "regex", "ebnf", "choice", "calls")
+# kinds of SamplingParams.grammar: any JSON object (no text), a JSON schema, one of JSON without
+# white space, a regular expression, EBNF rules starting at ``root``, a JSON array of texts to
+# choose from, calls within free text: the mark that begins one, a line break, and a JSON array of
+# what may follow it, each {"begin", "schema", "style", "end"}
+GRAMMARS = ("json", "schema", "compact", "regex", "ebnf", "choice", "calls")
 # a key in a string's schema: the string must match this grammar in Lark's notation
 LARK = "\ue000lark"
 

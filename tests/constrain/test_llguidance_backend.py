@@ -117,6 +117,34 @@ def test_random_outputs_are_valid(
     jsonschema.validate(json.loads(out), schema)
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [*SCHEMAS, {"type": "object"}, {"const": {"a": [1, {"b": "c, d: e"}], "f": {}}},
+     {"properties": {"a": {"enum": [[1, 2], {"x": [None, True]}]}}, "required": ["a"], "additionalProperties": False},
+     {"prefixItems": [True, {"type": "object", "patternProperties": {"^x": {"type": "array"}}}], "minItems": 3}],
+    ids=json.dumps,
+)  # fmt: skip
+def test_compact_json_has_no_white_space(
+    grammars: GrammarEngine, pieces: list[bytes], schema: dict[str, Any]
+) -> None:
+    matcher = start(grammars, "compact", json.dumps(schema))
+    ends = [t for t in range(VOCAB) if pieces[t] and pieces[t].strip(b' ]}"') == b""]
+    rng, num = random.Random(3), 0
+
+    def choose(tokens: list[int]) -> int:
+        nonlocal num
+        num += 1
+        soon = [t for t in tokens if t in ends or t == EOS]
+        return rng.choice(soon if num > 40 and soon else tokens)
+
+    out, whole = follow(matcher, pieces, choose)
+    assert whole
+    value = json.loads(out)
+    jsonschema.validate(value, schema)
+    blank = re.sub(rb'"(\\.|[^"\\])*"', b"", out)
+    assert not re.search(rb"\s", blank), out
+
+
 def test_numbers_are_finite(grammars: GrammarEngine, pieces: list[bytes]) -> None:
     matcher = start(grammars, "schema", '{"type": "number"}')
     out, _ = follow(matcher, pieces, liking(pieces, rb"[0-9]+|[eE]|\."), 300)

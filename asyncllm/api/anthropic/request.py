@@ -39,7 +39,7 @@ from asyncllm.api.common.request_model import (
     UnicodeStr,
     parse,
 )
-from asyncllm.api.common.response_format import SchemaObject
+from asyncllm.api.common.response_format import SchemaObject, other_names
 from asyncllm.api.common.tool_request import MAX_TOOLS, MAX_TOOLS_CHARS, ToolChoice, ToolRef
 from asyncllm.api.common.validation import (
     MAX_STOP,
@@ -156,6 +156,7 @@ class CountRequest(RequestModel):
         "compaction": Unavailable("compaction"),
         "inference_geo": Unavailable("choosing where the model runs", "global"),
         "speed": Unavailable("choosing a speed", "standard"),
+        **other_names("output_config.format"),
     }
     ignored: ClassVar = {
         "cache_control": "the prefix cache needs no hints",

@@ -32,6 +32,7 @@ REFUSED: Final = {
     "logits_processors": Unavailable("a logits processor", []),
     "spaces_between_special_tokens": Unavailable("leaving out spaces between special tokens", True),
     "structural_tag": Unavailable("a structural tag", ""),
+    "guided_json_object": Unavailable("vLLM's old name of response_format's json_object", False),
     "guided_whitespace_pattern": Unavailable("a pattern for white space", ""),
     "watermarking": Unavailable("a watermark", False),
     "repetition_detection": Unavailable("ending at repetitions"),
@@ -115,6 +116,7 @@ IGNORED: Final = {
     "user": "nothing is kept of users",
     "session_id": "a conversation is found again by its tokens",
     "stream_interval": "how many tokens share a chunk changes no text",
+    "guided_decoding_backend": "there is one backend of structured output",
     "custom_labels": "metrics have no labels of requests",
 }
 # of OpenAI's routes for conversations

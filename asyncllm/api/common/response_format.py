@@ -28,6 +28,7 @@ MAX_CHOICES: Final = 1024
 
 Grammar = tuple[str, str]  # kind, text: see SamplingParams.grammar
 JSON: Final[Grammar] = ("json", "")  # any JSON object
+_COMPACT_OBJECT: Final[Grammar] = ("compact", '{"type": "object"}')
 _EMPTY: Final = "is empty; leave it out if nothing is to constrain the output"
 _SCHEMA: Final = "a JSON schema: an object, or a string of one"
 
@@ -123,6 +124,9 @@ def not_empty(value: object) -> object:
     return value
 
 
+_ITS_OWN: Final = "vLLM notes there which of its backends it has chosen"
+
+
 class StructuredOutputs(RequestModel):
     """vLLM's: one of its keys gives the output's form."""
 
@@ -131,11 +135,19 @@ class StructuredOutputs(RequestModel):
         "whitespace_pattern": Unavailable("a pattern for white space"),
         "disable_additional_properties": Unavailable("closing open objects", False),
     }
+    ignored: ClassVar = {
+        "disable_fallback": "there is one backend, and no other to fall back to",
+        "_backend": _ITS_OWN,
+        "_backend_was_auto": _ITS_OWN,
+    }
     json_schema: SchemaOrText = Field(None, alias="json", description="a JSON schema")
     json_object: bool = Field(False, description="any JSON object")
     regex: GrammarText = Field("", description="a regular expression")
     choice: Choices = Field(default_factory=list, description="a list of strings")
     grammar: GrammarText = Field("", description="rules in EBNF")
+    disable_any_whitespace: bool = Field(
+        False, description="no white space in JSON, not even after , and : (json, json_object)"
+    )
 
     _not_empty = field_validator("json_schema", "regex", "choice", "grammar", mode="before")(
         not_empty
@@ -145,13 +157,17 @@ class StructuredOutputs(RequestModel):
     def _some(self) -> Self:
         if not (self.json_schema or self.json_object or self.regex or self.choice or self.grammar):
             refuse(f" {_EMPTY}")
+        if self.disable_any_whitespace and not (self.json_schema or self.json_object):
+            refuse(".disable_any_whitespace needs json or json_object", ".disable_any_whitespace")
         return self
 
     def form(self, name: str) -> Grammar | None:
         """The one that is given. Raises RequestError where there are several."""
+        schema, compact = self.json_schema, self.disable_any_whitespace
+        any_object = _COMPACT_OBJECT if compact else JSON
         forms = {
-            "json": self.json_schema,
-            "json_object": JSON if self.json_object else None,
+            "json": ("compact", schema[1]) if schema and compact else schema,
+            "json_object": any_object if self.json_object else None,
             "regex": regex(self.regex),
             "choice": choice(self.choice),
             "grammar": ebnf(self.grammar),
@@ -212,6 +228,24 @@ class ResponseFormat(RequestModel):
             return None
         named = None if self.json_schema is None else self.json_schema.grammar
         return named or self.beside or self.value or JSON
+
+
+# the names by which clients of any server give the output's form
+_NAMES: Final = (
+    "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_grammar",
+    "guided_choice", "guided_json_object", "guided_whitespace_pattern", "structural_tag",
+    "json_schema", "regex", "ebnf", "grammar", "regular_constraint",
+)  # fmt: skip
+
+
+def other_names(told: str, *own: str) -> dict[str, Unavailable]:
+    """Those to be refused where ``told``, for a message, says how the form is given.
+
+    Args:
+        own: names that mean something there.
+    """
+    why = Unavailable(f"this name of the output's form (here: {told})", "", False, [], {})
+    return {name: why for name in _NAMES if name not in own}
 
 
 def only(forms: Mapping[str, Grammar | None], at: str = "") -> Grammar | None:

@@ -52,6 +52,7 @@ from asyncllm.api.common.validation import (
 from asyncllm.core.request import SamplingParams
 
 AT: Final = "parameters."
+FORMS: Final = ("regular_constraint", "guided_json", "guided_grammar")
 MAX_SEQUENCE: Final = 256  # token ids in one stop sequence
 
 _StopItem = Annotated[
@@ -76,6 +77,7 @@ class CommonParameters(SamplingFields):
 
     refused: ClassVar = {
         **SamplingFields.refused,
+        **response_format.other_names(", ".join(FORMS), *FORMS),
         "return_routed_experts": Unavailable("returning routed experts", False),
         "image_max_patch_num": Unavailable("images", -1),
     }
@@ -159,6 +161,7 @@ class Media(RequestModel):
 class InputsRequest(RequestModel):
     """A body around parameters."""
 
+    refused: ClassVar = {"sampling_params": Unavailable("SGLang's name of parameters", {})}
     inputs: Annotated[Prompt, Checked(_inputs, str | Annotated[list[Token], Len(1)])] = Field(
         description="the prompt: a string or an array of token ids"
     )

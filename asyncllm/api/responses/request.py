@@ -98,6 +98,7 @@ class ResponseRequest(RequestModel):
         "image": Unavailable("images", {}),
         "moderation": Unavailable("moderation"),
         "access_programs": Unavailable("an access program"),
+        **response_format.other_names("text.format"),
     }
     ignored: ClassVar = {
         "user": IGNORED["user"],

@@ -32,9 +32,10 @@ from asyncllm.api.common.validation import (
     reject,
 )
 from asyncllm.api.lightllm import request as lightllm
-from asyncllm.api.lightllm.request import AT, CommonParameters, InputsRequest
+from asyncllm.api.lightllm.request import AT, FORMS, CommonParameters, InputsRequest
 
 MAX_SEED: Final = 2**64 - 1
+_FORMS: Final = (*FORMS, "grammar")
 _SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -58,7 +59,8 @@ class RegexForm(RequestModel):
 
 class TgiParameters(CommonParameters):
     refused: ClassVar = {
-        **CommonParameters.refused,
+        **{name: why for name, why in CommonParameters.refused.items() if name != "grammar"},
+        **response_format.other_names(", ".join(_FORMS), *_FORMS),
         "typical_p": Unavailable("typical decoding", 1, 1.0),
         "watermark": Unavailable("a watermark", False),
         "adapter_id": Unavailable("an adapter", ""),

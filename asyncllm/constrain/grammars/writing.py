@@ -61,10 +61,10 @@ class JsonPunctuation:
     end: Expr
 
 
+_BRACKETS: Final = (r"/\x{7B}/", r"/\x{7D}/", r"/\x{5B}/", r"/\x{5D}/")
 # White space is not optional: a model that likes it would never stop.
-TIGHT: Final = JsonPunctuation(
-    *map(Term, ("/, /", "/: /", r"/\x{7B}/", r"/\x{7D}/", r"/\x{5B}/", r"/\x{5D}/"))
-)
+TIGHT: Final = JsonPunctuation(*map(Term, ("/, /", "/: /", *_BRACKETS)))
+COMPACT: Final = JsonPunctuation(*map(Term, ("/,/", "/:/", *_BRACKETS)))
 # One at most: models write calls as they have learnt to, and go on better behind them.
 LOOSE: Final = JsonPunctuation(
     *map(Term, (r"/,[ \n]?/", r"/:[ \n]?/", r"/\x{7B}[ \n]?/", r"/[ \n]?\x{7D}/",
@@ -87,13 +87,13 @@ class FeasibilityChecks:
         self.matches, self.some, self.check_time = matches, some, check_time
 
 
-def schema_grammar(text: str, possible: FeasibilityChecks) -> str:
+def schema_grammar(text: str, possible: FeasibilityChecks, marks: JsonPunctuation = TIGHT) -> str:
     """The engine's grammar of the JSON texts that fit a schema.
 
     Raises:
         RequestError: the schema is malformed, cannot be enforced, or nothing fits it.
     """
-    writer = RuleWriter(text, possible)
+    writer = RuleWriter(text, possible, marks=marks)
     return written(writer.finished(writer.value(frozenset((writer.document.root,)))), writer.root)
 
 

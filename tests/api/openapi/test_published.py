@@ -12,8 +12,10 @@ import pytest
 
 from asyncllm.api.anthropic import request as anthropic
 from asyncllm.api.common.errors import NotAvailable
+from asyncllm.api.common.request_model import parse
 from asyncllm.api.openai import request as openai
 from asyncllm.api.openapi import field_docs
+from asyncllm.errors import RequestError
 from tests.api.harness import HI, SERVED, chat_request, completion_request, rendered
 from tests.api.responses.harness import ask
 
@@ -85,6 +87,45 @@ def test_what_cannot_be_honoured_is_refused_by_name(body: dict[str, Any], param:
         message_request(**body)
     assert (caught.value.param, caught.value.code) == (param, "not_available")
     assert body.popitem()[0] in caught.value.message
+
+
+FORMS = [
+    "guided_json",
+    "guided_regex",
+    "guided_grammar",
+    "guided_choice",
+    "guided_json_object",
+    "structural_tag",
+    "ebnf",
+    "regex",
+    "guided_whitespace_pattern",
+    "structured_outputs",
+    "json_schema",
+    "grammar",
+    "response_format",
+    "regular_constraint",
+]
+HONOURED = {
+    "chat": {*FORMS[:4], "structured_outputs", "response_format"},
+    "completion": {*FORMS[:4], "structured_outputs", "response_format"},
+    "native_parameters": {"guided_json", "guided_grammar", "regular_constraint"},
+    "tgi_parameters": {"guided_json", "guided_grammar", "regular_constraint", "grammar"},
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    "route", ["chat", "completion", "native_parameters", "tgi_parameters", "responses", "messages"]
+)
+def test_no_servers_name_of_the_outputs_form_is_lost(route: str, name: str) -> None:
+    model = MODELS[route]
+    if name in HONOURED.get(route, ()):
+        assert name in model.model_fields
+        assert name not in model.refused
+        return
+    with pytest.raises(RequestError, match=f"{name}: ") as caught:
+        parse(model, {name: {"x": 1}}, SERVED)
+    assert (caught.value.param, caught.value.code) == (name, "not_available")
 
 
 def test_examples_of_a_tools_input_are_told() -> None:
