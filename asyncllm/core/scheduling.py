@@ -114,7 +114,7 @@ class SchedulerCore(DraftScheduler):
         if rows:
             # a decode waits for one chunk at most, which full steps hold exactly: that size has a
             # graph
-            budget = min(budget, max(self.chunk - len(rows), self.chunk // 2))
+            budget = min(budget, max(self.chunk - len(rows), (self.chunk + 1) // 2))
             if filling or self.waiting:
                 num_read = sum(lane.planned + 1 for _, lane, _ in rows)
                 room = prompt_room(len(rows), num_read)

@@ -119,13 +119,14 @@ def test_decode_rows_come_first_oldest_first_and_hold_the_step_to_one_chunk() ->
     assert list(mixed.plan.tokens[:3]) == [-1, -1, 100]
 
 
-def test_many_decode_rows_leave_prompts_half_a_chunk() -> None:
-    core = make(chunked_prefill_size=4)
+@pytest.mark.parametrize(("chunk", "half"), [(4, 2), (1, 1)])
+def test_many_decode_rows_leave_prompts_half_a_chunk(chunk: int, half: int) -> None:
+    core = make(chunked_prefill_size=chunk)
     for rid in range(3):
         add(core, rid, 1)
     step(core)
     add(core, 9, 60)
-    assert shape(step(core)) == [(0, 1), (1, 1), (2, 1), (9, 2)]
+    assert shape(step(core)) == [(0, 1), (1, 1), (2, 1), (9, half)]
 
 
 def test_a_constraint_waits_only_while_its_mask_depends_on_tokens_to_come() -> None:
