@@ -155,7 +155,10 @@ class Uploader:
         self._buffers = [torch.empty(0, dtype=torch.int32) for _ in range(RING)]
         self._events: list[torch.cuda.Event | None] = [None] * RING
         self._turn = 0
-        self._captured: dict[Bucket, StepColumns[Tensor]] = {}
+        # columns of buckets, in each of the buffers and on the device: finding them takes longer
+        # than filling them
+        self._written: list[dict[Bucket, StepColumns[HostColumn]]] = [{} for _ in range(RING)]
+        self._captured: dict[Bucket, tuple[Layout, StepColumns[Tensor]]] = {}
 
     def write(
         self,
@@ -171,17 +174,23 @@ class Uploader:
             bucket: the graph that reads the columns, which are padded to its size.
             shape: what to pad them to if there is no graph; None: no padding.
         """
-        graphs = bool(self._captured)
-        num_rows = self._num_rows if graphs else len(batch.lanes)
-        given = bucket or shape or rows.shape
-        shares = rows.shared is not None if bucket is None else bucket.shares
-        layout = self._layout(num_rows, given, fixed=graphs, shares=shares)
+        if bucket is not None:
+            layout = self._captured[bucket][0]
+        else:
+            graphs = bool(self._captured)
+            num_rows = self._num_rows if graphs else len(batch.lanes)
+            shares = rows.shared is not None
+            layout = self._layout(num_rows, shape or rows.shape, fixed=graphs, shares=shares)
         behind: list[HostColumn] = []
         extras.map(behind.append)
         words = layout.words + sum(_padded(column.size) for column in behind)
         host, at = self._next(words), layout.words
         view = host.numpy()
-        columns = layout.columns(view, _float_column)
+        written = self._written[self._turn]
+        if bucket is None or (columns := written.get(bucket)) is None:
+            columns = layout.columns(view, _float_column)
+            if bucket is not None:
+                written[bucket] = columns
         self._write(columns, rows, batch)
         for column in behind:
             view[at : at + column.size] = column.reshape(-1).view(np.int32)
@@ -243,7 +252,7 @@ class Uploader:
             if staged.bucket is None:
                 columns = staged.layout.columns(device, _float_tensor)
             else:
-                columns = self._captured[staged.bucket]
+                columns = self._captured[staged.bucket][1]
         return columns, staged.extras.map(behind)
 
     def captured(self, bucket: Bucket) -> StepColumns[Tensor]:
@@ -253,7 +262,8 @@ class Uploader:
         """
         assert self._fixed
         layout = self._layout(self._num_rows, bucket, fixed=True, shares=bucket.shares)
-        columns = self._captured[bucket] = layout.columns(self._place, _float_tensor)
+        columns = layout.columns(self._place, _float_tensor)
+        self._captured[bucket] = layout, columns
         self._place.zero_()
         return columns
 
@@ -283,4 +293,5 @@ class Uploader:
         if len(self._buffers[self._turn]) < size:
             room = max(4096, 2 * size)
             self._buffers[self._turn] = torch.empty(room, dtype=torch.int32, pin_memory=self._cuda)
+            self._written[self._turn].clear()
         return self._buffers[self._turn]

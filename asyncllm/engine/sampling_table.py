@@ -72,8 +72,28 @@ class OpenLane:
     known: I32 = field(default_factory=lambda: np.empty(0, np.int32))
 
 
+@dataclass(slots=True)
+class LaneColumns:
+    """What some lanes contribute to a batch whatever the positions of their rows are."""
+
+    key: bytes  # the lanes
+    temperature: F32
+    top_k: I32
+    top_p: F32
+    min_p: F32
+    all_greedy: bool
+    truncates: bool
+    num_top: int
+    given: GivenTokens[HostColumn] | None
+    penalized: bool  # some lane has penalties
+    biased: bool  # some lane has biases or a least number of tokens
+    lengthened: bool  # some lane has a length penalty
+
+
 class SamplingTable:
     """Sampling parameters of every lane; written when a plan opens the lane.
+
+    Successive steps mostly sample the same lanes, so what depends on these alone is kept.
 
     Args:
         eos_ids: banned until a request reaches its min_new_tokens.
@@ -100,9 +120,12 @@ class SamplingTable:
         self.scored = np.zeros(num_lanes, bool)
         self.names_tokens = np.zeros(num_lanes, bool)
         self.lanes: dict[int, OpenLane] = {}
+        self._kept: LaneColumns | None = None  # of the last batch, unless lanes have changed
 
     def open(self, plan: StepPlan) -> None:
         """Add the lanes that ``plan`` opens."""
+        if plan.opened:
+            self._kept = None
         for opened in plan.opened:
             number, p = opened.lane, opened.params
             known = np.frombuffer(opened.known, np.int32)
@@ -128,26 +151,45 @@ class SamplingTable:
 
     def batch(self, rows: StepRows, masked: bool = False) -> SamplingBatch:
         """Parameters of the rows of a step that sample, in row order."""
-        lanes, ends = rows.lanes[rows.samples], rows.sampled_lens
+        lanes, ends, last = rows.sampled
+        known = self._kept
+        if known is None or known.key != lanes.tobytes():
+            known = self._kept = self._columns(lanes)
+        return SamplingBatch(
+            logit_rows=last,
+            lanes=lanes,
+            temperature=known.temperature,
+            top_k=known.top_k,
+            top_p=known.top_p,
+            min_p=known.min_p,
+            uniform=uniform(self.seed[lanes], ends),
+            all_greedy=known.all_greedy,
+            truncates=known.truncates,
+            bias=self._bias(lanes, ends) if known.biased else None,
+            penalties=self._penalties(lanes, ends) if known.penalized else None,
+            lengths=self._lengths(lanes, ends) if known.lengthened else None,
+            num_top=known.num_top,
+            given=known.given,
+            masked=masked,
+        )
+
+    def _columns(self, lanes: I32) -> LaneColumns:
         temperature = self.temperature[lanes]
         top_k, top_p, min_p = self.top_k[lanes], self.top_p[lanes], self.min_p[lanes]
         truncates = (top_k < self._vocab_size) | (top_p < 1) | (min_p > 0)
-        return SamplingBatch(
-            logit_rows=rows.cu[1:][rows.samples] - np.int32(1),
-            lanes=lanes,
+        return LaneColumns(
+            key=lanes.tobytes(),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
-            uniform=uniform(self.seed[lanes], ends),
             all_greedy=not temperature.any(),
             truncates=bool((truncates & (temperature > 0)).any()),
-            bias=self._bias(lanes, ends),
-            penalties=self._penalties(lanes, ends),
-            lengths=self._lengths(lanes, ends),
             num_top=int(self.logprobs[lanes].max(initial=-1)),
             given=self._given(lanes),
-            masked=masked,
+            penalized=bool(self.penalized[lanes].any()),
+            biased=bool((self.biased[lanes] | (self.least[lanes] > 0)).any()),
+            lengthened=bool((self.length_factor[lanes] > 1).any()),
         )
 
     def _lengths(self, lanes: I32, ends: I32) -> LengthPenalties[HostColumn] | None:
@@ -163,11 +205,8 @@ class SamplingTable:
             grown = np.power(self.length_factor[lanes[rows]], beyond[rows]) - 1
         return LengthPenalties(rows, np.minimum(grown, MOST_SCALE).astype(np.float32))
 
-    def _penalties(self, lanes: I32, ends: I32) -> Penalties[HostColumn] | None:
-        on = self.penalized[lanes]
-        if not on.any():
-            return None
-        rows = np.flatnonzero(on).astype(np.int32)
+    def _penalties(self, lanes: I32, ends: I32) -> Penalties[HostColumn]:
+        rows = np.flatnonzero(self.penalized[lanes]).astype(np.int32)
         lanes = lanes[rows]
         return Penalties(
             rows=rows,

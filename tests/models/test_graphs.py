@@ -26,7 +26,7 @@ from asyncllm.engine.graphs import (
     decode_sizes,
     mixed_sizes,
 )
-from asyncllm.engine.h2d import FIXED_WORDS, Uploader
+from asyncllm.engine.h2d import FIXED_WORDS, RING, Uploader
 from asyncllm.engine.sampler_graphs import (
     KINDS,
     MAX_ROWS,
@@ -273,6 +273,21 @@ def test_graphs_are_replayed_on_the_addresses_that_they_were_captured_with(
         check_sampling(given[kind], batch, kind.penalized)
     assert len(seen) > 20
     assert {(k.greedy, k.truncates, k.penalized) for k in seen if isinstance(k, SamplerVariant)} == set(KINDS)  # fmt: skip
+
+
+def test_a_buckets_columns_are_where_its_graph_reads_them_when_a_buffer_has_grown() -> None:
+    uploader, plan, bucket = fixed(LANES), step(3, [], [0]), Bucket(4, 4, 0)
+    given = uploader.captured(bucket).rows
+    table = SamplingTable(LANES, VOCAB, ())
+    table.open(plan)
+    rows = unpack(plan, 512)
+    for size in (0, 0, 5000, 9):
+        where = np.arange(size, dtype=np.int32)
+        extras = OptionalInputs(known=Scatter[HostColumn](where, where) if size else None)
+        for _ in range(RING):
+            uploader._place.zero_()
+            uploader.upload(uploader.write(rows, table.batch(rows), extras, bucket))
+            check_rows(given, rows)
 
 
 def check_shared(columns: SharedRowColumns[torch.Tensor], rows: StepRows) -> None:

@@ -164,6 +164,45 @@ def test_end_tokens_are_banned_below_min_new_tokens(start: int, banned: bool) ->
     assert (sorted(batch.bias.tokens) if batch.bias else []) == ([2, 5] if banned else [])
 
 
+def test_what_is_kept_of_lanes_ends_when_one_is_opened_again_or_others_are_sampled() -> None:
+    table = SamplingTable(2, 100, eos_ids=(2,))
+    columns = i32([0, 1]), i32([9, 19]), i32([1, 1]), i32([0, 0]), i32([7, 8]), i32([-1, -1])
+    names = "lanes", "starts", "counts", "cached_counts", "slots", "tokens"
+    plan = StepPlan(
+        step=1,
+        num_decode=2,
+        **dict(zip(names, columns, strict=True)),
+        samples=bytearray(b"\1\1"),
+        opened=[OpenedLane(i, 5, SamplingParams(temperature=0), i32([])) for i in range(2)],
+    )
+    table.open(plan)
+    first = table.batch(unpack(plan, 64))
+    later = replace(plan, opened=[], starts=i32([10, 20]))
+    table.open(later)
+    second = table.batch(unpack(later, 64))
+    assert first.all_greedy
+    assert second.all_greedy
+    assert (first.uniform != second.uniform).all()  # positions differ
+
+    params = SamplingParams(
+        temperature=0.5, top_p=0.25, repetition_penalty=2.0, min_new_tokens=60, logprobs=1
+    )
+    again = replace(later, opened=[OpenedLane(1, 5, params, i32([]))])
+    table.open(again)
+    third = table.batch(unpack(again, 64))
+    assert (third.all_greedy, third.truncates, third.num_top) == (False, True, 1)
+    assert third.temperature.tolist() == [0, 0.5]
+    assert third.penalties is not None
+    assert third.penalties.lens.tolist() == [21]
+    assert third.bias is not None
+    assert third.bias.rows.tolist() == [1]
+
+    alone = replace(later, samples=bytearray(b"\1\0"))  # the first row only
+    fourth = table.batch(unpack(alone, 64))
+    assert (fourth.all_greedy, fourth.num_top, fourth.penalties) == (True, -1, None)
+    assert (fourth.lanes.tolist(), fourth.logit_rows.tolist()) == ([0], [0])
+
+
 def test_logit_bias_reaches_the_row() -> None:
     table = SamplingTable(1, 100, eos_ids=())
     plan = one_row_plan(SamplingParams(logit_bias=((4, 2.5), (7, -100.0))), 10, 9)
