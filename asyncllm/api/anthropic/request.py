@@ -277,9 +277,9 @@ def _prepared(request: CountRequest, served: ServedModel) -> ChatPrompt:
     form = output.format or older
     choice = None if request.tool_choice is None else request.tool_choice.choice
     turns = conversation(request.messages)
-    for edit in () if request.context_management is None else request.context_management.edits:
-        if isinstance(edit.keep, ThinkingTurns):
-            turns = with_recent_thoughts(turns, edit.keep.value)
+    edits = () if request.context_management is None else request.context_management.edits
+    if kept := [edit.keep.value for edit in edits if isinstance(edit.keep, ThinkingTurns)]:
+        turns = with_recent_thoughts(turns, min(kept))
     continue_final_message = turns[-1]["role"] == "assistant"
     if continue_final_message:
         refuse_trailing_calls(turns, "messages")

@@ -18,8 +18,8 @@ from asyncllm.api.common.response_format import GrammarText
 from asyncllm.api.common.tool_request import ToolName
 from asyncllm.api.parsing.events import Tool
 
-# escapes, classes, and other text of a regular expression
-_NO_PARENTHESES: Final = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|[^()\\\[]+", re.DOTALL)
+# escapes, classes (the last may lack its end), and other text of a regular expression
+_NO_PARENTHESES: Final = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]?|[^()\\\[]+", re.DOTALL)
 INPUT: Final = "input"  # the argument that holds the free text
 _ADVICE: Final = "The value of `input` is handed to the tool as it is."
 

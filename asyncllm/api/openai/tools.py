@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from annotated_types import MinLen
+from annotated_types import Len
 from pydantic import AfterValidator, Field
 
 from asyncllm.api.common.custom_tool import FreeTextFields, InputGrammar, TextInput
@@ -88,7 +88,9 @@ class NamedCustom(RequestModel):
 
 class AllowedTools(RequestModel):
     mode: Literal["auto", "required"]
-    tools: Annotated[Items[Annotated[NamedFunction | NamedCustom, TaggedUnion()]], MinLen(1)]
+    tools: Annotated[
+        Items[Annotated[NamedFunction | NamedCustom, TaggedUnion()]], Len(1, MAX_TOOLS)
+    ]
 
 
 class AllowedChoice(RequestModel):

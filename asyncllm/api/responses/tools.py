@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Final, Literal
 
-from annotated_types import MinLen
+from annotated_types import Len
 from pydantic import WithJsonSchema
 
 from asyncllm.api.common import tool_request
@@ -25,6 +25,7 @@ from asyncllm.api.common.request_model import (
     UnicodeStr,
 )
 from asyncllm.api.common.tool_request import (
+    MAX_TOOLS,
     Callers,
     ChoiceMode,
     FunctionTool,
@@ -106,7 +107,7 @@ class FlatAllowed(RequestModel):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: Annotated[
-        Items[Annotated[FlatNamed | HostedTool, TaggedUnion(fold=_undated)]], MinLen(1)
+        Items[Annotated[FlatNamed | HostedTool, TaggedUnion(fold=_undated)]], Len(1, MAX_TOOLS)
     ]
 
 

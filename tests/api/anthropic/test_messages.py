@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from time import thread_time
 from typing import Any
 
 import jsonschema
@@ -272,6 +273,14 @@ def test_thinking_of_earlier_turns_is_cleared(keep: Any, kept: list[int]) -> Non
     assert ["reasoning_content" in turn for turn in got[1::2]] == kept
     assert [turn["content"] for turn in got] == ["hi", "ok"] * 3 + ["hi"]
     assert len(rendered(request(messages=turns, context_management={}))["messages"]) == 7
+
+
+def test_edits_are_applied_at_once() -> None:
+    edits = [{"type": "clear_thinking_20251015"}] * 4000
+    begun = thread_time()
+    request(messages=[*HI, {"role": "assistant", "content": "a"}] * 2000 + HI,
+            context_management={"edits": edits})  # fmt: skip
+    assert thread_time() - begun < 2, "it took 7 s"
 
 
 def test_thinking() -> None:

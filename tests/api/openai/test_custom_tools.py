@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from time import thread_time
 from typing import Any
 
 import pytest
@@ -74,6 +75,18 @@ def test_a_choice_takes_tools_of_its_own_kind_only(
     with pytest.raises(RequestError, match=told) as caught:
         chat_request(tools=[*TOOLS, PATCH], tool_choice=choice)
     assert (caught.value.param, caught.value.status) == ("tool_choice", 400)
+
+
+def test_brackets_without_an_end_are_read_once() -> None:
+    begun = thread_time()
+    chat_request(tools=[formed("regex", "[" * 20_000)])
+    assert thread_time() - begun < 2, "it took 12 s"
+
+
+def test_a_choice_allows_as_many_tools_as_there_may_be() -> None:
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED] * 129}}
+    with pytest.raises(RequestError, match="129 entries, at most 128"):
+        chat_request(tools=[*TOOLS, PATCH], tool_choice=choice)
 
 
 def test_of_many_tools_an_error_names_some() -> None:
