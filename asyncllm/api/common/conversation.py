@@ -56,9 +56,9 @@ class ConversationBuilder:
         """More of what the assistant thinks."""
         _append(self._turn("assistant").setdefault("reasoning_content", []), thought)
 
-    def add_call(self, key: str, name: str, arguments: CallArguments) -> None:
-        """The assistant calls a tool."""
-        function = {"name": name, "arguments": arguments}
+    def add_call(self, key: str, name: str, arguments: CallArguments, **more: object) -> None:
+        """The assistant calls a tool. ``more``: what else is to be known of it, for the caller."""
+        function = {"name": name, "arguments": arguments, **more}
         calls = self._turn("assistant").setdefault("tool_calls", [])
         calls.append({"type": "function", "function": function, "id": key})
 

@@ -24,6 +24,9 @@ from asyncllm.api.common.custom_tool import INPUT
 from asyncllm.api.common.other_fields import OF_ANSWERS
 from asyncllm.api.common.request_model import Items, RequestModel, TaggedUnion, UnicodeStr
 from asyncllm.api.common.validation import reject
+from asyncllm.api.responses.tools import ClientTool
+
+_OF_CALLS = {name: why for name, why in OF_ANSWERS.items() if name != "namespace"}
 
 
 class SpeakerItem(RequestModel):
@@ -41,18 +44,20 @@ class AssistantItem(RequestModel):
 
 
 class CallItem(RequestModel):
-    ignored: ClassVar = OF_ANSWERS
+    ignored: ClassVar = _OF_CALLS
     type: Literal["function_call"]
     call_id: UnicodeStr
     name: UnicodeStr
+    namespace: UnicodeStr = ""
     arguments: PastArguments
 
 
 class CustomCallItem(RequestModel):
-    ignored: ClassVar = OF_ANSWERS
+    ignored: ClassVar = _OF_CALLS
     type: Literal["custom_tool_call"]
     call_id: UnicodeStr
     name: UnicodeStr
+    namespace: UnicodeStr = ""
     input: UnicodeStr
 
 
@@ -108,7 +113,8 @@ Input = Annotated[
 
 
 def input_messages(given: str | Sequence[Item]) -> Messages:
-    """The new turns in template form. Raises RequestError (400)."""
+    """The new turns in template form, but for the names of calls (``ResponsesTools.told``).
+    Raises RequestError (400)."""
     builder = ConversationBuilder()
     if isinstance(given, str):
         builder.add_text("user", given)
@@ -119,9 +125,11 @@ def input_messages(given: str | Sequence[Item]) -> Messages:
                 role = "system" if item.role == "developer" else item.role
                 builder.add_text(role, text_of(item.content))
             case CallItem():
-                builder.add_call(item.call_id, item.name, item.arguments)
+                tool = ClientTool(item.name, item.namespace)
+                builder.add_call(item.call_id, item.name, item.arguments, tool=tool)
             case CustomCallItem():
-                builder.add_call(item.call_id, item.name, {INPUT: item.input})
+                tool = ClientTool(item.name, item.namespace, custom=True)
+                builder.add_call(item.call_id, item.name, {INPUT: item.input}, tool=tool)
             case CompactionItem():
                 pass
             case ResultItem():

@@ -176,8 +176,7 @@ class ResponseReply(ContentBlockReply):
 
     def _offered(self, block: ContentBlock) -> ClientTool:
         """The called tool as the client knows it."""
-        name = "" if block.call is None else block.call.name
-        return self._asked.tools.by_name.get(name, ClientTool(name))
+        return self._asked.tools.client_tool("" if block.call is None else block.call.name)
 
     def _events(self, block: ContentBlock) -> str:
         """What events that bring the text are called."""
@@ -251,5 +250,6 @@ def answered(
             builder.add_reasoning(block.text)
         elif block.complete and block.call is not None:
             given = conversation.parsed_arguments(block.text)
-            builder.add_call(block.call.id, block.call.name, given)
+            tool = asked.tools.client_tool(block.call.name)
+            builder.add_call(block.call.id, tool.name, given, tool=tool)
     return StoredResponse([*asked.messages, *builder.messages], body)

@@ -170,7 +170,8 @@ class ResponsesRequest:
     """A checked /v1/responses body.
 
     Args:
-        messages: the conversation so far, without instructions.
+        messages: the conversation so far, without instructions, and with calls as the client knows
+            them.
         echo: what the answer repeats of the request.
         tools: how the client calls what the model calls.
     """
@@ -201,7 +202,7 @@ def read(body: Body, served: ServedModel, store: ResponseStore) -> ResponsesRequ
     )
     has_verbosity = verbosity is not None and "verbosity" in served.dialect.variables
     made = prepare_chat(
-        with_system(request.instructions, messages),
+        with_system(request.instructions, given.told(messages)),
         served.dialect,
         tool_request=tools,
         grammar=request.text.format.form,

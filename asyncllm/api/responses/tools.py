@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from annotated_types import Len
 from pydantic import WithJsonSchema
 
 from asyncllm.api.common import tool_request
+from asyncllm.api.common.conversation import Messages
 from asyncllm.api.common.custom_tool import FreeTextFields, InputGrammar, TextInput
 from asyncllm.api.common.errors import NotAvailable
 from asyncllm.api.common.other_fields import LATE_TOOLS
@@ -153,16 +154,46 @@ class ResponsesTools:
         no such tool.
         """
         wanted = ToolRef(given.name, given.type == "custom")
-        fitting = [
-            (bool(tool.namespace), told)
-            for told, tool in self.by_name.items()
-            if ToolRef(tool.name, tool.custom) == wanted and given.namespace in ("", tool.namespace)
-        ]
-        if not fitting:
+        told = self._told(ClientTool(given.name, given.namespace, wanted.custom))
+        if told is None:
             inside = f" in namespace {preview(given.namespace)}" if given.namespace else ""
             refs = [ToolRef(told, tool.custom) for told, tool in self.by_name.items()]
             tool_request.refuse_choice(f"{wanted}{inside}", refs)
-        return ToolRef(min(fitting, key=lambda found: found[0])[1], wanted.custom)
+        return ToolRef(told, wanted.custom)
+
+    def client_tool(self, told: str) -> ClientTool:
+        """A called tool as the client knows it."""
+        return self.by_name.get(told, ClientTool(told))
+
+    def told(self, messages: Messages) -> Messages:
+        """The conversation with earlier calls by the names that the model is told.
+
+        One of a namespace whose tools are not offered any more gets a name that none of these has.
+        """
+        return [
+            turn | {"tool_calls": list(map(self._told_call, turn["tool_calls"]))}
+            if "tool_calls" in turn
+            else turn
+            for turn in messages
+        ]
+
+    def _told_call(self, call: dict[str, Any]) -> dict[str, Any]:
+        function = dict(call["function"])
+        tool = function.pop("tool")
+        if (name := self._told(tool)) is None:
+            taken = tool.namespace and tool.name in self.by_name
+            name = f"{tool.namespace}.{tool.name}" if taken else tool.name
+        return call | {"function": function | {"name": name}}
+
+    def _told(self, wanted: ClientTool) -> str | None:
+        """The name that the model is told of a tool; None: there is no such tool."""
+        fitting = [
+            (bool(tool.namespace), i, told)
+            for i, (told, tool) in enumerate(self.by_name.items())
+            if (tool.name, tool.custom) == (wanted.name, wanted.custom)
+            and wanted.namespace in ("", tool.namespace)
+        ]
+        return min(fitting)[-1] if fitting else None
 
 
 def responses_tools(given: Sequence[_AnyTool]) -> ResponsesTools:

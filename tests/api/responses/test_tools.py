@@ -171,3 +171,62 @@ def test_arguments_that_are_no_object_are_taken_as_they_are() -> None:
         for template, wanted in ((say, said), (apart, taken)):
             assert ChatTemplate({"default": template}, {}).render(chat) == wanted
         assert arguments[:7] in json.dumps(rendered(ask(input=items).generation)).replace("\\", "")
+
+
+def called(kind: str, name: str, namespace: str | None, **body: Any) -> str:
+    """The name of an earlier call in the prompt."""
+    given = {"arguments": "{}"} if kind == "function_call" else {"input": "x"}
+    call = {"type": kind, "call_id": "c", "name": name, "namespace": namespace, **given}
+    result = {"type": f"{kind}_output", "call_id": "c", "output": "done"}
+    asked = ask(dialect=Dialect(lists_tools=True), input=[call, result], **body)
+    (turn,) = (t for t in rendered(asked.generation)["messages"] if t.get("tool_calls"))
+    (one,) = turn["tool_calls"]
+    assert set(one["function"]) == {"name", "arguments"}
+    return str(one["function"]["name"])
+
+
+OTHERS = {**AGENTS, "name": "others"}
+INNER_PATCH = {"type": "namespace", "name": "files", "tools": [PATCH]}
+
+
+@pytest.mark.parametrize(
+    ("tools", "kind", "name", "namespace", "told"),
+    [
+        ([AGENTS], "function_call", "spawn", "agents", "spawn"),
+        ([AGENTS], "function_call", "spawn", None, "spawn"),
+        ([AGENTS, SPAWN], "function_call", "spawn", "agents", "agents.spawn"),
+        ([AGENTS, SPAWN], "function_call", "spawn", None, "spawn"),
+        ([AGENTS, OTHERS], "function_call", "spawn", "others", "others.spawn"),
+        ([AGENTS, OTHERS], "function_call", "spawn", "agents", "spawn"),
+        ([AGENTS, OTHERS], "function_call", "spawn", "gone", "gone.spawn"),
+        ([SPAWN], "function_call", "spawn", "agents", "agents.spawn"),
+        ([PATCH], "function_call", "spawn", "agents", "spawn"),
+        ([], "function_call", "spawn", "agents", "spawn"),
+        ([INNER_PATCH, PATCH], "custom_tool_call", "patch", "files", "files.patch"),
+        ([INNER_PATCH, {**SPAWN, "name": "patch"}], "custom_tool_call", "patch", None, "files.patch"),
+        ([INNER_PATCH, {**SPAWN, "name": "patch"}], "function_call", "patch", None, "patch"),
+    ],
+)  # fmt: skip
+def test_earlier_calls_have_the_names_that_the_model_is_told_of_tools(
+    tools: list[dict[str, Any]], kind: str, name: str, namespace: str | None, told: str
+) -> None:
+    assert called(kind, name, namespace, tools=tools) == told
+
+
+def test_a_stored_call_gets_its_name_from_the_tools_of_the_next_request() -> None:
+    store = ResponseStore()
+    text = '<tool_call>{"name": "spawn", "arguments": {"n": 1}}</tool_call>'
+    made, _ = parted(("hermes", "", text, None, None, [], "stop"), [text], store, tools=[AGENTS])
+    whole = json.loads(made.whole())
+    result = {
+        "type": "function_call_output",
+        "call_id": whole["output"][0]["call_id"],
+        "output": "o",
+    }
+    for tools, told in (([AGENTS], "spawn"), ([AGENTS, SPAWN], "agents.spawn")):
+        asked = ask(
+            store, previous_response_id=whole["id"], input=[result], tools=tools,
+            dialect=Dialect(lists_tools=True),
+        )  # fmt: skip
+        calls = [c for t in rendered(asked.generation)["messages"] for c in t.get("tool_calls", ())]
+        assert [call["function"]["name"] for call in calls] == [told]
