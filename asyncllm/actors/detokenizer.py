@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Mapping
-from math import nan
+from math import inf, nan
 from time import perf_counter
 from typing import assert_never
 
@@ -322,7 +322,8 @@ class _Stream:
         self.num_tokens += 1
         if self.blocks:
             columns, i = self.blocks.pop()
-            logprob = columns.chosen[i]
+            # a model may compute NaN, which is something else than no log-probability
+            logprob = columns.chosen[i] if columns.chosen[i] == columns.chosen[i] else -inf
         return token, text, logprob
 
     def _ready(self) -> tuple[int, int]:
