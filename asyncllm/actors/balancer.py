@@ -51,7 +51,7 @@ class Balancer(Actor[Inbox]):
     to other groups.
 
     Args:
-        policy, num_slots, together: see ``core.balancing.Balancer``.
+        policy, num_slots, together: see ``core.balancing.GroupBalancer``.
         vocab_size, max_len: what a request of another process is held against, as its own process
             has done already.
     """

@@ -179,7 +179,7 @@ class Channel:
     """One server's end of the channel.
 
     Args:
-        card: how this server identifies itself.
+        info: how this server identifies itself.
         keys: pairs of the cluster's secrets: it listens with the first, and connects with
             each in turn.
         dead_after_s: a peer may be silent for half of that.

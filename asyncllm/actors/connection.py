@@ -122,7 +122,7 @@ class HttpListeners:
                 answer=self._answer,
                 loop=loop,
                 access_log=None,
-                auto_decompress=False,  # see body.py
+                auto_decompress=False,  # see request_body.py
                 lingering_time=LINGER_S,
                 **self._options,
             )

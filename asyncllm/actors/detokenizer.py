@@ -55,7 +55,7 @@ class Detokenizer(Actor[Inbox]):
         self._text, self._budget_s = text, budget_s
         self._streams: dict[int, _Stream] = {}
         self._news: deque[_Stream] = deque()
-        self._posted = False  # a Flush is on its way
+        self._posted = False  # a FlushStreams is on its way
         self._lost = set[int]()  # leaders of lost groups; their messages are ignored
         self._special = {text.decode([i]): i for i in text.special}
 

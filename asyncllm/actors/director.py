@@ -1,4 +1,4 @@
-"""Director: runs ``core.directing`` on a master, in place of a scheduler.
+"""Director: runs ``core.request_director`` on a master, in place of a scheduler.
 
 Owns the connections to prefill and decode nodes; tells all HTTP processes whether there are
 enough of them. Knows neither text nor what nodes compute.
@@ -66,7 +66,7 @@ class Director(Actor[Inbox]):
 
     Args:
         channel: to the nodes.
-        strategy: see ``core.choosing.NodeSelector``.
+        strategy: see ``core.node_selection.NodeSelector``.
         counts: required (prefill nodes, decode nodes), and no more; None: any number, at least one
             of each.
         vocab_size: limit of token ids from nodes.

@@ -1,6 +1,6 @@
 """Grammar compiler: compiles a grammar before a request that needs it is submitted.
 
-Owns the threads that compile and the pending Compile messages. Knows neither requests nor
+Owns the threads that compile and the pending CompileGrammar messages. Knows neither requests nor
 what a grammar means.
 """
 
@@ -43,7 +43,7 @@ class _QueuedGrammar:
 
 
 class GrammarCompiler(Actor[Inbox]):
-    """Every Compile is answered by one Compiled.
+    """Every CompileGrammar is answered by one GrammarReady.
 
     Args:
         builder: None: constrained output is off. The cost of building a grammar is bounded.

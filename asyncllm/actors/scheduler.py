@@ -295,7 +295,7 @@ class Scheduler(Actor[Inbox]):
     def _flush(self) -> None:
         if released := self.core.released:
             self.core.released = []
-            # not while a reservation is open: the allocator would have granted more
+            # all that was granted to those: nothing is launched while a reservation is open
             self._allocator.tell(ReleaseSlots(tuple(released), self.core.take_launched()))
 
     def _launch(self, granted: SlotsGranted) -> None:

@@ -96,7 +96,7 @@ class _JobQueue:
 
 
 class Tokenizer(Actor[Inbox]):
-    """Every Tokenize ends in Accepted or in Finished, every Count in Counted.
+    """Every Tokenize ends in Accepted or in Finished, every CountTokens in TokensCounted.
 
     Args:
         text: the model's tokenizer.

@@ -29,7 +29,7 @@ class IntervalSet:
         return bool(self._firsts)
 
     def __repr__(self) -> str:
-        return f"Spans({list(self)})"
+        return f"IntervalSet({list(self)})"
 
     @property
     def total(self) -> int:

@@ -80,7 +80,7 @@ class NodeSelector:
     """The nodes of a master, and its choice among them.
 
     Args:
-        strategy: one of ``STRATEGIES``. ``cache_aware``: as ``balancing.Balancer`` chooses among
+        strategy: one of ``STRATEGIES``. ``cache_aware``: as ``GroupBalancer`` chooses among
             groups: the longest known prefix of the prompt unless that node is ahead of the others,
             then the least load. ``adaptive_load``: at random, weighted by free KV slots.
         random: source of randomness.

@@ -36,8 +36,8 @@ SILENT_S = 0.4 * WITHIN_S  # by then a silent node has been detected
 RETRY_S = 0.45 * WITHIN_S
 NO_NODES, FAILED = "no_nodes", "nodes_failed"  # failure codes
 # codes with which a node ends an attempt that may succeed elsewhere
-TRANSFER_FAILED, SHUTTING_DOWN, GROUP_LOST = "transfer_failed", "shutting_down", "group_lost"
-PASSING = (TRANSFER_FAILED, SHUTTING_DOWN, GROUP_LOST)
+TRANSFER_FAILED, SHUTTING_DOWN = "transfer_failed", "shutting_down"
+PASSING = (TRANSFER_FAILED, SHUTTING_DOWN)
 
 
 class AttemptPhase(IntEnum):

@@ -341,7 +341,7 @@ class RequestLifecycle:
             self._let_go(lane)
 
     def _let_go(self, lane: Lane) -> None:
-        """One row or touch less: release the lane if nobody reads or writes its slots any more."""
+        """One row or hold less: release the lane if nobody reads or writes its slots any more."""
         if lane.over and not (lane.inflight or lane.slot_holds):
             self._release(lane)
 

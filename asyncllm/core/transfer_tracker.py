@@ -45,7 +45,7 @@ class OutgoingKv:
     to: KvDestination
     end: int  # end of the positions sent to the ranks so far
     num_told: int = 0
-    slot_holds: dict[int, SlotHold] = field(default_factory=dict)  # by Computed.seq
+    slot_holds: dict[int, SlotHold] = field(default_factory=dict)  # by KvComputed.seq
     ended: bool = False  # the request has
     void: bool = False  # the ranks have been told to forget it
 
@@ -142,7 +142,7 @@ class TransferTracker:
         self.told.append(computed)
 
     def sent(self, rid: int, rank: int, seq: int) -> Lane | None:
-        """A rank is done with the slots of a Computed; returns the lane if it was the last rank."""
+        """A rank is done with a KvComputed's slots; returns the lane if it was the last rank."""
         if (flow := self.outgoing.get(rid)) is None:
             return None
         slot_hold = flow.slot_holds.get(seq)

@@ -16,7 +16,7 @@ class ReserveSlots(Message):
 
     ``opened`` names lanes seen for the first time, with their tokens; the allocator looks those up
     in the prefix cache. ``launched`` names lanes whose granted prompt tokens have been launched
-    since the last Reserve, so that they may be shared from now on.
+    since the last ReserveSlots, so that they may be shared from now on.
     """
 
     lanes: array[int]
@@ -56,7 +56,7 @@ class ReleaseSlots(Message):
     """
 
     items: tuple[tuple[int, array[int]], ...]
-    launched: array[int]  # as in Reserve; a request may end before another Reserve is sent
+    launched: array[int]  # as in ReserveSlots; a request may end before another is sent
 
 
 @message(13)

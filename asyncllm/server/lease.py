@@ -39,7 +39,7 @@ class Lease:
     Args:
         channel: to the config_server.
         server: the config_server's host and HTTP port.
-        asks: Claim the port, or on the other nodes Seek the address of the first node.
+        asks: to lease the port, or on the other nodes for the address of the first node.
     """
 
     def __init__(
