@@ -21,6 +21,8 @@ from asyncllm.messages import (
     EndpointGone,
     Finished,
     Halt,
+    KvComputed,
+    OfferStep,
     RequestServed,
     StepPlan,
     StopHit,
@@ -136,10 +138,16 @@ GOOD = StepPlan(
 TWO = Logprobs(1, array("f", [-1, -2]), i32([1, 2]), array("f", [-1, -2]))
 TOKENS = Tokens(1, i64([5, 6]), i32([1, 2]), b"\0\1", TWO, ((5, TWO),))
 ANSWERED = AnsweredRequest("/", 200, 1, 2, "stop", 0.1, -1, 2)
+LATE = 1 << 40  # a step of a server that has run for months
+LATE_ONES = (
+    replace(GOOD, step=LATE),
+    OfferStep(endpoint=0, step=LATE, num_tokens=1, mixed=False),
+    KvComputed(rid=1, seq=0, step=LATE, start=0, slots=i32([1])),
+)
 
 
 @pytest.mark.parametrize(
-    "msg", [GOOD, TOKENS, RequestServed((ANSWERED,)), Drain(3)], ids=lambda m: type(m)
+    "msg", [GOOD, TOKENS, RequestServed((ANSWERED,)), Drain(3), *LATE_ONES], ids=lambda m: type(m)
 )
 def test_whole_messages_pass(msg: object) -> None:
     assert decode(encode(msg)) == msg

@@ -106,7 +106,8 @@ class KvComputed(Message):
     def valid(self) -> bool:
         return (
             is_rid(self.rid)
-            and are_counts(self.seq, self.step, self.start)
+            and self.step >= 0
+            and are_counts(self.seq, self.start)
             and len(self.slots) > 0
             and are_natural(self.slots)
         )

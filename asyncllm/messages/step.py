@@ -158,7 +158,7 @@ class OfferStep(Message):
     mixed: bool  # some rows have more than one token
 
     def valid(self) -> bool:
-        return are_counts(self.endpoint, self.step, self.num_tokens)
+        return self.step > 0 and are_counts(self.endpoint, self.num_tokens)
 
 
 @message(18)
