@@ -192,7 +192,8 @@ class OutputParser:
 
     def finish_reason(self, reason: str) -> str:
         """``tool_calls`` for an answer that ended with ``stop`` and whose calls are all whole."""
-        return self._splitter.finish_reason(reason)
+        whole = bool(self.calls) and all(call.complete for call in self.calls)
+        return "tool_calls" if reason == "stop" and whole else reason
 
     def _add(self, events: list[Event]) -> None:
         for event in events:

@@ -209,15 +209,6 @@ class Splitter:
         """Calls so far."""
         return [] if self._tools is None else self._tools.calls
 
-    @property
-    def complete(self) -> bool:
-        """See :attr:`ToolParser.complete`."""
-        return self._tools is not None and self._tools.complete
-
-    def finish_reason(self, reason: str) -> str:
-        """See :meth:`ToolParser.finish_reason`."""
-        return reason if self._tools is None else self._tools.finish_reason(reason)
-
     def _pass_on(self, events: list[Event]) -> list[Event]:
         found: list[Event] = []
         for event in events:

@@ -225,9 +225,8 @@ def test_a_call_is_looked_for_in_content_only() -> None:
         both = splitter("qwen3", "qwen25", "assistant\n<think>\n")
         assert both.inside
         assert everything(both, pieces) == (f"I could {CALL}", "Let me.", 1)
-        assert both.complete
+        assert both.calls[0].complete
         assert not both.inside
-        assert both.finish_reason("stop") == "tool_calls"
 
 
 def test_a_mark_that_only_calls_begin_with_ends_reasoning() -> None:
@@ -248,7 +247,7 @@ def test_harmony_calls() -> None:
         both = splitter("gpt-oss", "gpt_oss", "<|start|>assistant")
         assert everything(both, pieces) == ("hm", "", 1)
         assert both.calls[0].arguments == '{"a": "<"}'
-        assert both.complete
+        assert both.calls[0].complete
 
 
 def test_either_part_may_be_missing() -> None:
@@ -256,4 +255,4 @@ def test_either_part_may_be_missing() -> None:
     assert everything(Splitter(None, make_parser("hermes", [])), [f"a{CALL}"]) == ("", "a", 1)
     only = Splitter(make_reasoning("think", opened=True), None)
     assert everything(only, [f"a</think>{CALL}"]) == ("a", CALL, 0)
-    assert (only.finish_reason("stop"), only.complete, only.calls) == ("stop", False, [])
+    assert only.calls == []

@@ -76,11 +76,6 @@ class ToolParser(IncrementalParser[Event]):
         ended = self._scan.ended and not self._cut
         return ended and bool(self.calls) and all(call.complete for call in self.calls)
 
-    def finish_reason(self, reason: str) -> str:
-        """``tool_calls`` for an answer that ended with ``stop`` and whose calls are all whole."""
-        whole = bool(self.calls) and all(call.complete for call in self.calls)
-        return "tool_calls" if reason == "stop" and whole else reason
-
     # -- what a format does ----------------------------------------------------------------------
 
     def _block(self, mark: str) -> Run[bool]:

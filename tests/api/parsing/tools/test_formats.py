@@ -9,6 +9,7 @@ from time import thread_time
 import pytest
 
 from asyncllm.api.parsing.events import Arguments, CallEnd, CallStart, Content, Tool
+from asyncllm.api.parsing.output_parser import OutputOptions
 from asyncllm.api.parsing.tools import FORMATS, deepseek, make_parser, special_tokens
 from asyncllm.api.parsing.tools.call_grammar import CALL_TEXTS, spelling
 
@@ -124,13 +125,24 @@ def test_missing_end_marks_are_forgiven() -> None:
 
 def test_finish_reason() -> None:
     text = '<tool_call>{"name": "f", "arguments": {"s": "x"}}</tool_call>'
+    whole = text.index("}") + 1
+    for parallel in (True, False):
+        for length in range(2 * len(text) + 1):
+            p = OutputOptions(calls="hermes", tools=tuple(TOOLS), parallel=parallel).parser("none")
+            p.take((text * 2)[:length], (), 1)
+            p.finish()
+            assert p.finish_reason("length") == "length"
+            second_is_cut = text.index('{"s"') < length - len(text) < whole
+            is_whole = length >= whole and not (parallel and second_is_cut)
+            assert p.finish_reason("stop") == ("tool_calls" if is_whole else "stop"), length
+
+
+def test_an_answer_is_complete_at_the_end_of_its_calls() -> None:
+    text = '<tool_call>{"name": "f", "arguments": {"s": "x"}}</tool_call>'
     for length in range(len(text) + 1):
         p = make_parser("hermes", TOOLS)
         p.push(text[:length])
         p.finish()
-        assert p.finish_reason("length") == "length"
-        whole = length >= text.index("}") + 1
-        assert p.finish_reason("stop") == ("tool_calls" if whole else "stop")
         assert p.complete == (length == len(text))
 
 
