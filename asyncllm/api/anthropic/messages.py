@@ -11,10 +11,10 @@ from typing import Annotated, ClassVar, Final, Literal
 from asyncllm.api.common.conversation import ConversationBuilder, Messages
 from asyncllm.api.common.other_fields import CACHE_CONTROL, OF_ANSWERS
 from asyncllm.api.common.request_model import (
-    AnyObject,
     Items,
     RequestModel,
     TaggedUnion,
+    ToldObject,
     Unavailable,
     UnicodeStr,
 )
@@ -49,7 +49,7 @@ class ToolUse(RequestModel):
     type: Literal["tool_use"]
     id: UnicodeStr
     name: UnicodeStr
-    input: AnyObject
+    input: ToldObject
 
 
 TextContent = Annotated[UnicodeStr | Items[Annotated[TextBlock, _KIND]], _SAID]

@@ -24,7 +24,6 @@ from asyncllm.api.common.other_fields import CACHE_CONTROL, LATE_TOOLS
 from asyncllm.api.common.prepare import ChatPrompt, prepare_chat, refuse_trailing_calls
 from asyncllm.api.common.request import GenerationRequest, ModelName, ServedModel, temperature
 from asyncllm.api.common.request_model import (
-    AnyObject,
     Float,
     Items,
     Positive,
@@ -33,6 +32,7 @@ from asyncllm.api.common.request_model import (
     StopString,
     Streamed,
     TaggedUnion,
+    ToldObject,
     TopK,
     TopP,
     Unavailable,
@@ -66,7 +66,7 @@ class CustomTool(RequestModel):
     input_schema: tool_request.ToolSchema
     strict: bool = False
     allowed_callers: tool_request.Callers | None = None
-    input_examples: Items[AnyObject] = Field(default_factory=list)
+    input_examples: Items[ToldObject] = Field(default_factory=list)
 
     @property
     def tool(self) -> Tool:

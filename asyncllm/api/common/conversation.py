@@ -19,6 +19,7 @@ from asyncllm.api.common.request_model import (
     RequestModel,
     TaggedUnion,
     UnicodeStr,
+    encodable,
     refuse,
     surrogate,
 )
@@ -125,15 +126,17 @@ def _text_of_part(part: TextPart | RefusalPart) -> str:
 
 def parsed_arguments(value: object) -> CallArguments:
     """Those of an earlier call, given as JSON text or as they are; null: none. What is cut, or no
-    object, is text: models write such, and answers have had it. For validators."""
+    object, or half a character, is text: models write such, and answers have had it. For
+    validators."""
     if value is None or isinstance(value, dict):
-        return value or {}
+        return encodable(value or {})
     if not isinstance(value, str):
         refuse(f" must be an object, as JSON, not {preview(value)}")
     if (why := surrogate(value)) is not None:
         refuse(why)
     try:
         found = json.loads(value) if value.strip() else {}
+        json.dumps(found, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return value
     return found if isinstance(found, dict) else value

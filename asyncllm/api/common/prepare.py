@@ -134,11 +134,9 @@ def check_variables(kwargs: dict[str, object], variables: Collection[str], name:
 def pack(
     conversation: list[dict[str, object]], tools: list[object] | None, kwargs: dict[str, object]
 ) -> bytes:
-    """The ``chat`` field of a Tokenize message. Raises RequestError for lone surrogates."""
+    """The ``chat`` field of a Tokenize message. All text in it has been validated."""
     whole = {"messages": conversation, "tools": tools, "kwargs": kwargs}
     try:
         return json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError:
-        reject("messages: not valid Unicode (a lone surrogate)", "messages")
     except RecursionError:
         reject("messages: nested too deeply", "messages")

@@ -6,7 +6,8 @@ of them. Knows JSON values; knows no route and no tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from types import UnionType
 from typing import (
     Annotated,
@@ -22,6 +23,7 @@ from typing import (
 )
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -171,6 +173,37 @@ def _bounded(value: object) -> object:
     return min(max(value, -(2**53)), 2**53) if type(value) is int else value
 
 
+def encodable(value: AnyObject) -> AnyObject:
+    """The same object, if no string in it has a lone surrogate; for validators."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        refuse(" is nested too deeply")
+    if surrogate(text) is not None:
+        at, why = _surrogate_in(value)
+        refuse(at + why, at)
+    return value
+
+
+def _surrogate_in(value: object) -> tuple[str, str]:
+    """Where in a JSON value the first lone surrogate is, and what is wrong; "", "": nowhere."""
+    if isinstance(value, str) and (why := surrogate(value)) is not None:
+        return "", why
+    inner: Iterable[tuple[str | int, object]] = ()
+    if isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, list):
+        inner = enumerate(value)
+    for key, each in inner:
+        if isinstance(key, str) and (why := surrogate(key)) is not None:
+            return "", f": the key {preview(key)}{why}"
+        at, why = _surrogate_in(each)
+        if why:
+            part = _name((key,))
+            return (part if part.startswith("[") else f".{part}") + at, why
+    return "", ""
+
+
 def surrogate(value: str) -> str | None:
     """What is wrong with a string that has lone surrogates."""
     if value.isascii():
@@ -190,6 +223,8 @@ StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 # the first bad item is told, so no other need be looked for
 Items = Annotated[list[_T], Field(fail_fast=True)]
 AnyObject = dict[str, object]
+# one that the prompt tells of, which no lone surrogate can be part of
+ToldObject = Annotated[AnyObject, AfterValidator(encodable)]
 
 
 def limits_text(low: float | None, high: float | None, above: bool = False) -> str:

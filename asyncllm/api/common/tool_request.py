@@ -15,7 +15,14 @@ from typing import Annotated, Any, Final, Literal, NoReturn
 from pydantic import AfterValidator, Field, WithJsonSchema
 
 from asyncllm.api.common.conversation import Messages
-from asyncllm.api.common.request_model import AnyObject, Items, RequestModel, UnicodeStr, refuse
+from asyncllm.api.common.request_model import (
+    AnyObject,
+    Items,
+    RequestModel,
+    ToldObject,
+    UnicodeStr,
+    refuse,
+)
 from asyncllm.api.common.validation import preview, reject
 from asyncllm.api.parsing.events import Tool
 from asyncllm.api.parsing.output_parser import Dialect
@@ -103,7 +110,7 @@ ToolName = Annotated[
     WithJsonSchema({"type": "string", "pattern": f"^{NAME}$"}),
 ]
 ToolSchema = Annotated[
-    AnyObject,
+    ToldObject,
     AfterValidator(_object_schema),
     WithJsonSchema({"type": "object", "properties": {"type": {"enum": ["object"]}}}),
 ]
@@ -166,19 +173,23 @@ def as_offered(tools: Sequence[Tool], at: Sequence[str] = ()) -> None:
 
 
 def resolve(
-    tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: bool = True
+    tools: Sequence[Tool] | None,
+    choice: ToolChoice | None,
+    parallel: bool = True,
+    name: str = "tool_choice",
 ) -> ToolRequest:
-    """Both together. Raises RequestError where a call is wanted that no tool allows."""
+    """Both together. Raises RequestError, with ``name`` for the choice, where a call is wanted that
+    no tool allows."""
     if choice is None:
         choice = ToolChoice("auto" if tools else "none")
     choice = replace(choice, parallel=parallel and choice.parallel)
     made = tuple(tools or ())
     if choice.mode in ("required", "named") and not made:
-        reject("tool_choice: there are no tools", "tool_choice")
+        reject(f"{name}: there are no tools", name)
     refs = {ToolRef(tool.name, tool.custom): tool for tool in made}
     for ref in choice.tools or ():
         if ref not in refs:
-            refuse_choice(ref, refs)
+            refuse_choice(ref, refs, name)
     if choice.mode == "none":
         return ToolRequest(choice)
     if choice.tools is not None and choice.mode != "named":
@@ -186,11 +197,11 @@ def resolve(
     return ToolRequest(choice, made)
 
 
-def refuse_choice(wanted: object, refs: Collection[ToolRef]) -> NoReturn:
+def refuse_choice(wanted: object, refs: Collection[ToolRef], name: str = "tool_choice") -> NoReturn:
     """Refuse a choice of a tool that is not one of ``refs``."""
     told = ", ".join(map(str, islice(refs, MAX_TOLD))) or "none"
     more = f" and {len(refs) - MAX_TOLD} more" if len(refs) > MAX_TOLD else ""
-    reject(f"tool_choice: there is no {wanted}; the tools are: {told}{more}", "tool_choice")
+    reject(f"{name}: there is no {wanted}; the tools are: {told}{more}", name)
 
 
 def template_form(tool: Tool) -> dict[str, object]:

@@ -33,7 +33,6 @@ from asyncllm.api.common.request import (
     temperature,
 )
 from asyncllm.api.common.request_model import (
-    AnyObject,
     Checked,
     Float,
     Integer,
@@ -47,6 +46,7 @@ from asyncllm.api.common.request_model import (
     Seed,
     Streamed,
     TaggedUnion,
+    ToldObject,
     UnicodeStr,
     WithSpecialTokens,
     parse,
@@ -276,7 +276,7 @@ class ChatRequest(CommonRequest):
     )
     logprobs: bool = Field(False, description="log-probability of each token")
     top_logprobs: NumBest = Field(0, description="and of this many best ones; needs logprobs")
-    chat_template_kwargs: AnyObject = Field(
+    chat_template_kwargs: ToldObject = Field(
         default_factory=dict,
         description="variables for the chat template: those that it reads, enable_thinking, thinking "
         "and reasoning_effort",
@@ -449,10 +449,11 @@ def _generation(
     **more: Unpack[_RouteFields],
 ) -> GenerationRequest:
     most, least, stop = request.max_tokens, request.min_tokens, request.stop
+    told = "max_tokens"
     if request.max_completion_tokens is not None:
-        most = request.max_completion_tokens
+        most, told = request.max_completion_tokens, "max_completion_tokens"
     if most is not None and least > most:
-        reject(f"min_tokens: {least} is more than max_tokens {most}", "min_tokens")
+        reject(f"min_tokens: {least} is more than {told} {most}", "min_tokens")
     served.check_ids(request.stop_token_ids, "stop_token_ids")
     if ids := tuple(dict.fromkeys(request.logprob_token_ids)):
         served.check_ids(ids, "logprob_token_ids")
@@ -501,7 +502,8 @@ def _tool_request(request: ChatRequest) -> ToolRequest:
         return tool_request.resolve(tools, choice, request.parallel_tool_calls)
     if request.tools or choice is not None:
         reject("functions and tools exclude each other", "functions")
-    return tool_request.resolve([each.tool for each in request.functions], wanted, parallel=False)
+    functions = [each.tool for each in request.functions]
+    return tool_request.resolve(functions, wanted, parallel=False, name="function_call")
 
 
 def _check_end(messages: Messages, opening: bool | None) -> None:

@@ -173,7 +173,7 @@ def allowed(mode: str, *names: str) -> dict[str, Any]:
         ({"functions": [FUNCTION], "tools": TOOLS}, "functions"),
         ({"functions": [FUNCTION], "function_call": "required"}, "function_call"),
         ({"functions": [FUNCTION], "function_call": {}}, "function_call.name"),
-        ({"function_call": {"name": "f"}}, "tool_choice"),
+        ({"function_call": {"name": "f"}}, "function_call"),
         ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
     ],
 )  # fmt: skip
