@@ -548,6 +548,8 @@ def test_continued_message_ends_the_prompt() -> None:
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x y "}]
     kwargs = {"continue_final_message": True}
     assert render(source, messages=messages, kwargs=kwargs) == "<x><x y "
+    with pytest.raises(RequestError, match="leaves out the last message"):
+        render("{{ messages[0].content }}", messages=messages, kwargs=kwargs)
 
 
 @pytest.mark.parametrize(

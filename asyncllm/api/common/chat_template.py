@@ -32,7 +32,7 @@ _RENDER_ERRORS = (
     LookupError,
     AttributeError,
     ArithmeticError,
-    RecursionError,
+    RuntimeError,
 )
 
 
@@ -107,11 +107,18 @@ class ChatTemplate:
                     raise
                 told = [_with_arguments(turn, _wrapped) for turn in messages]
                 text = template.render({**variables, "messages": told, "tools": tools})
-            return text[: text.rindex(_END)] if continued else text
         except _RENDER_ERRORS as error:
             raise RequestError(
                 f"the chat template refuses these messages: {error}", param="messages"
             ) from error
+        if not continued:
+            return text
+        if _END not in text:
+            raise RequestError(
+                "continue_final_message: the chat template leaves out the last message's text",
+                param="messages",
+            )
+        return text[: text.rindex(_END)]
 
 
 def _with_list(turn: dict[str, Any]) -> dict[str, object]:

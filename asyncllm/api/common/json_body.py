@@ -8,8 +8,10 @@ knows no field.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from math import isinf
 from typing import Final, NoReturn
 
 from asyncllm.api.common.validation import preview, reject
@@ -25,6 +27,8 @@ _STRUCTURE: Final = b"[]{},"
 _NOT_STRUCTURE: Final = bytes(set(range(256)) - set(_STRUCTURE))
 _DIGITS: Final = bytes(ord("1") if byte in b"0123456789" else ord(" ") for byte in range(256))
 _LONG: Final = b"1" * (MAX_DIGITS + 1)
+# what could be a number beyond double precision, which json reads as infinity
+_MAY_BE_HUGE: Final = re.compile(rb"[eE]\+?[0-9]{3}|[0-9]{300}")
 _STEP: Final = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
@@ -46,7 +50,10 @@ def load(raw: bytes, max_values: int = MIN_VALUES) -> dict[str, object]:
     try:
         # JSON is UTF-8; given bytes, json.loads would try UTF-16 and UTF-32 too, which
         # _check cannot read
-        value = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_constant)
+        read_float = _finite if _MAY_BE_HUGE.search(raw) else None
+        value = json.loads(
+            raw.decode("utf-8-sig"), parse_constant=_no_constant, parse_float=read_float
+        )
     except RecursionError:
         reject("the body is nested too deeply")
     except ValueError as error:
@@ -115,6 +122,11 @@ def _check(
 
 def _too_many(what: str, number: int, of: str, most: int, name: str | None) -> NoReturn:
     reject(f"{what}: {number:,} {of}, at most {most:,} in one request", name)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return _no_constant(text[:40]) if isinf(value) else value
 
 
 def _no_constant(name: str) -> NoReturn:
