@@ -93,7 +93,7 @@ def table(found: Mapping[str, Figures]) -> str:
     """For people; times in milliseconds, CPU of the server's first process per output token."""
     lines = [f"{'load':<12}" + "".join(f"{name:>10}" for name in COLUMNS)]
     for load, figures in found.items():
-        cells = [figures[key][part] if part else figures[key] for key, part in COLUMNS.values()]
+        cells = [figures[key][part] if part else figures.get(key) for key, part in COLUMNS.values()]
         lines.append(f"{load:<12}" + "".join(f"{serve.number(cell):>10}" for cell in cells))
     return "\n".join(lines)
 

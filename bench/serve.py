@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 if __name__ == "__main__":
@@ -124,6 +124,11 @@ def measure(a: argparse.Namespace) -> list[Record]:
     return sorted(run_processes(parts), key=lambda record: record.start)
 
 
+def work(a: argparse.Namespace) -> dict[str, Any]:
+    """The options that say what is sent; of --conc and --rate the one that applies."""
+    return {name: getattr(a, name) for name in WORK if name != ("conc" if a.rate else "rate")}
+
+
 def summary(a: argparse.Namespace, records: Sequence[Record]) -> Figures:
     """The figures of one run.
 
@@ -136,7 +141,7 @@ def summary(a: argparse.Namespace, records: Sequence[Record]) -> Figures:
     num_out, num_prompt = sum(r.num_tokens for r in good), sum(r.prompt_len for r in good)
     figures: Figures = {
         "tag": a.tag,
-        "work": {name: getattr(a, name) for name in WORK},
+        "work": work(a),
         "ok": len(good),
         "errors": dict(Counter(kind for r in records if (kind := failure(r)))),
         "first_error": next((r.error for r in records if r.error), ""),
@@ -165,8 +170,8 @@ def prefix_hit(records: Sequence[Record]) -> float | None:
 
 def table(figures: Figures) -> str:
     """The figures for people."""
-    work = " ".join(f"{k}={v}" for k, v in figures["work"].items())
-    lines = [f"{figures['tag']}: {work}" if figures["tag"] else work, ""]
+    sent = " ".join(f"{k}={v}" for k, v in figures["work"].items())
+    lines = [f"{figures['tag']}: {sent}" if figures["tag"] else sent, ""]
     if "start_s" in figures:
         lines.append(f"server ready after    {figures['start_s']:>10.1f} s")
     if "cpu_us" in figures:
@@ -362,8 +367,8 @@ def bench(a: argparse.Namespace, pid: int = 0) -> Figures:
     if a.json:
         a.json.write_text(json.dumps({**figures, "requests": requests}, indent=1) + "\n")
     if a.plot:
-        work = " ".join(f"{name}={getattr(a, name)}" for name in WORK_SHOWN)
-        title = f"{a.tag} {work}\n{figures['out_tok_s']} output tok/s".strip()
+        shown = " ".join(f"{k}={v}" for k, v in work(a).items() if k in WORK_SHOWN)
+        title = f"{a.tag} {shown}\n{figures['out_tok_s']} output tok/s".strip()
         if a.sla:
             title += f", goodput {goodput_line(figures).strip()}"
         gaps = [1e3 * gap for r in records for gap in r.gaps_s]
