@@ -537,9 +537,9 @@ class Frontend(Actor[Inbox]):
             return  # before the headers: stream() comes back; gone: the handler is being cancelled
         if held := exchange.reply.flush_held():
             exchange.pending.append(held)
-        if exchange.pending:
-            data = b"".join(exchange.pending)
-            exchange.pending.clear()
+        if pending := exchange.pending:
+            data = pending[0] if len(pending) == 1 else b"".join(pending)
+            pending.clear()
             if pipe.unsent > self.limits.max_unsent:
                 log.warning("request %s: client does not read, dropped", exchange.answer.id)
                 self._abort(exchange)

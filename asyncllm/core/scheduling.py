@@ -21,6 +21,8 @@ from asyncllm.errors import RequestError
 from asyncllm.messages import MAX_COUNT, ReserveSlots, SlotsGranted, StepPlan
 from asyncllm.records import ConstraintDone, Failure, OpenedLane
 
+PlacedRow = tuple[Row, int, int, slice]  # with cached and new tokens, and their slots in the grant
+
 UNFIT = Failure("the tokens so far violate the constraint", status=500)
 
 
@@ -154,7 +156,7 @@ class SchedulerCore(DraftScheduler):
         refused, rows = rows[num:], rows[:num]
         for req, lane, _ in refused:
             self._ungrant(req, lane)
-        step = self._plan_decode(rows, granted) or self._plan_mixed(rows, granted)
+        step = self._plan(rows, granted)
         if step is not None:
             self.steps += 1
         if self.speculation is not None:
@@ -360,27 +362,45 @@ class SchedulerCore(DraftScheduler):
 
     # rows of a plan
 
-    def _plan_decode(self, rows: list[Row], granted: SlotsGranted) -> Step | None:
-        """Fast path: all rows decode and are live; None: it does not apply."""
-        num = len(rows)
-        if not num or len(granted.slots) != num:
+    def _plan(self, rows: list[Row], granted: SlotsGranted) -> Step | None:
+        """A step of these rows; None: none is left."""
+        num = 0  # the first ones, which decode and are live, are planned together
+        for (_, lane, _), count in zip(rows, granted.counts, strict=True):
+            if count != 1 or lane.over or lane.planned < lane.fill_len:
+                break
+            num += 1
+        singles, others = self._live(rows, granted, num)
+        if not (num or singles or others):
             return None
-        for _, lane, _ in rows:
-            if lane.over or lane.planned < lane.fill_len:
-                return None
-        starts = []
+        step = self._plan_decode(rows[:num], granted, num + len(singles))
+        for row, hit, count, part in singles + others:
+            (req, lane, _), slots = row, granted.slots[part]
+            if req.leaves_at < MAX_COUNT:
+                self.moves.computed(req.rid, lane, 0, slots[:hit], self.steps)
+                self.moves.computed(req.rid, lane, lane.planned, slots[hit:], self.steps + 1)
+            if lane.imported:
+                step.plan.slots.extend(lane.imported)
+                hit, lane.imported = len(lane.imported), array(INT32)
+            step.plan.slots.extend(slots)
+            step.plan.sliding.extend(granted.sliding[part])
+            self._plan_row(step, row, hit, count)
+        return step
+
+    def _plan_decode(self, rows: list[Row], granted: SlotsGranted, num_decode: int) -> Step:
+        """A step whose first rows are these, which decode; ``num_decode`` will have one token."""
+        num, starts = len(rows), []
         for _, lane, _ in rows:
             starts.append(lane.planned)
             lane.planned += 1
         plan = StepPlan(
             step=self.steps + 1,
-            num_decode=num,
+            num_decode=num_decode,
             lanes=array(INT32, [lane.number for _, lane, _ in rows]),
             starts=array(INT32, starts),
-            counts=granted.counts,
+            counts=granted.counts[:num],
             cached_counts=array(INT32, bytes(4 * num)),
-            slots=granted.slots,
-            sliding=granted.sliding,
+            slots=granted.slots[:num],
+            sliding=granted.sliding[:num],
             samples=bytearray(b"\1" * num),
             prefix_order=granted.prefix_order,
             shared_lens=granted.shared_lens,
@@ -396,44 +416,28 @@ class SchedulerCore(DraftScheduler):
                 step.constrain(i, req, lane, start + 1)
         return step
 
-    def _plan_mixed(self, rows: list[Row], granted: SlotsGranted) -> Step | None:
-        singles: list[tuple[Row, int, int, slice]] = []
-        others: list[tuple[Row, int, int, slice]] = []
-        at = 0
-        for row, hit, count in zip(rows, granted.hits, granted.counts, strict=True):
-            lane = row[1]
+    def _live(
+        self, rows: list[Row], granted: SlotsGranted, num: int
+    ) -> tuple[list[PlacedRow], list[PlacedRow]]:
+        """Of the rows after the first ``num``, each of one token, those that are in the step: with
+        one token and with more. The others have ended since the reservation, or wait for K/V."""
+        singles: list[PlacedRow] = []
+        others: list[PlacedRow] = []
+        at = num
+        for i in range(num, len(rows)):
+            (req, lane, _), hit, count = rows[i], granted.hits[i], granted.counts[i]
             part = slice(at, at + hit + count)
             at = part.stop
-            self._granted(row[0], lane, hit)
-            if lane.over:  # ended since the reservation
+            self._granted(req, lane, hit)
+            if lane.over:
                 lane.inflight -= 1
                 self._let_go(lane)
             elif lane.imports:
                 lane.inflight -= 1
-                self._expect(row[0], lane, hit, granted.slots[part])
+                self._expect(req, lane, hit, granted.slots[part])
             else:
-                (singles if count == 1 else others).append((row, hit, count, part))
-        if not singles and not others:
-            return None
-        plan = StepPlan(
-            step=self.steps + 1,
-            num_decode=len(singles),
-            prefix_order=granted.prefix_order,
-            shared_lens=granted.shared_lens,
-        )
-        step = Step(plan, [])
-        for row, hit, count, part in singles + others:
-            (req, lane, _), slots = row, granted.slots[part]
-            if req.leaves_at < MAX_COUNT:
-                self.moves.computed(req.rid, lane, 0, slots[:hit], self.steps)
-                self.moves.computed(req.rid, lane, lane.planned, slots[hit:], self.steps + 1)
-            if lane.imported:
-                step.plan.slots.extend(lane.imported)
-                hit, lane.imported = len(lane.imported), array(INT32)
-            step.plan.slots.extend(slots)
-            step.plan.sliding.extend(granted.sliding[part])
-            self._plan_row(step, row, hit, count)
-        return step
+                (singles if count == 1 else others).append((rows[i], hit, count, part))
+        return singles, others
 
     def _granted(self, req: Request, lane: Lane, hit: int) -> None:
         """The allocator knows the lane now."""

@@ -31,9 +31,8 @@ class CompletionReply(OpenAIReply):
 
     def piece(self, choice: Choice, text: str, count: int) -> bytes:
         """One chunk; with echo and logprobs the prompt's chunk once its scores are complete."""
-        generation = self.answer.generation
         out = b""
-        if generation.echo and choice.index not in self._echoed:
+        if self.answer.generation.echo and choice.index not in self._echoed:
             complete = (
                 len(choice.scores.logprobs) >= len(self.answer.prompts[choice.prompt_idx]) - 1
             )
