@@ -88,9 +88,10 @@ def main(argv: list[str] | None = None) -> int:
                 early = stack.enter_context(EarlyRanks(others, cuda=ahead is not None))
             if ahead is not None:
                 open_early(0)
-            gc.disable()  # it would look in vain: what is imported stays
+            gc.disable()
             from asyncllm.rank import serve  # takes seconds: torch
 
+            gc.freeze()  # what is imported stays: no collection needs to look at it
             gc.enable()
             return serve(config, ahead, early)
     except StartupError as error:

@@ -21,9 +21,10 @@ def main() -> int:
         die_with_parent(parent)
     if device is not None:
         open_early(device)
-    gc.disable()  # it would look in vain: what is imported stays
+    gc.disable()
     from asyncllm.rank import child  # takes seconds: torch
 
+    gc.freeze()  # what is imported stays: no collection needs to look at it
     gc.enable()
     return child()
 
