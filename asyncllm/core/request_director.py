@@ -94,7 +94,7 @@ class DirectedRequest:
     scored: int = 0  # prompt tokens whose log-probabilities the client has received
     drafted: int = 0  # draft tokens of all attempts
     accepted: int = 0  # draft tokens accepted
-    stopped: bool = False  # the client wants no more tokens; waiting for the end of the prefill
+    stopped: bool = False  # the client wants no more tokens; waiting for the node's report
     over: bool = False  # its last token has arrived
     opened: bool = False  # its prompt is in the caches of its nodes
     held: list[DirectedRequest] = field(default_factory=list)  # others that wait for its prompt
@@ -211,9 +211,9 @@ class RequestDirector:
         if (request := self.requests.get(rid)) is None:
             return
         attempt = request.attempt
-        if attempt is not None and attempt.phase is AttemptPhase.PREFILL and request.cached < 0:
-            request.stopped = True  # its node still reports how much of the prompt was cached
-            self._tell(attempt.prefill, StopHit(attempt.ticket, num_tokens))
+        if attempt is not None and (node := attempt.speaker) is not None:
+            request.stopped = True  # the node still reports what was cached, and its drafts
+            self._tell(node, StopHit(attempt.ticket, num_tokens))
         else:
             self._end(request, FinishReason.STOP)
 

@@ -110,7 +110,8 @@ class FakeNode:
                 self.moved.discard(ticket)
             case StopHit(ticket, _):
                 if self.parts.pop(ticket, None):
-                    self.says.append(Finished(ticket, FinishReason.STOP, cached_len=3))
+                    drafts = {"drafted": 5, "accepted": 4} if self.role == DECODE else {}
+                    self.says.append(Finished(ticket, FinishReason.STOP, cached_len=3, **drafts))
             case other:
                 raise AssertionError(other)
 
@@ -548,6 +549,26 @@ def test_a_stop_string_in_the_first_token_waits_for_what_the_prefix_cache_had() 
     assert 1 not in world.ends
     world.settle()
     assert (world.ends[1].reason, world.ends[1].cached_len) == (FinishReason.STOP, 3)
+    world.all_quiet()
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_stop_string_waits_for_the_decode_nodes_drafts(dies: bool) -> None:
+    """They are in the answer's usage; a node that is lost cannot tell them."""
+    world = served()
+    world.submit(submit(1, [1, 2, 3], 20))
+    rng = random.Random(0)
+    while len(world.given.get(1, ())) < 3:
+        rng.choice(world.ready())(rng)
+    world.core.stop(1, 2)
+    world.carry()
+    assert 1 not in world.ends
+    if dies:
+        world.kill(2)
+    world.settle()
+    end = world.ends[1]
+    drafts = (0, 0) if dies else (5, 4)
+    assert (end.reason, end.drafted, end.accepted) == (FinishReason.STOP, *drafts)
     world.all_quiet()
 
 
