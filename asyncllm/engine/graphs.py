@@ -96,10 +96,14 @@ def decode_sizes(most: int) -> list[int]:
 def mixed_sizes(chunk: int) -> list[int]:
     """Tokens of the mixed buckets: any up to a limit, and those of a full step.
 
-    A step between the two takes longer on the GPU than its launch on the host.
+    A step between the two takes longer on the GPU than its launch on the host. Right above usual
+    lengths of prompts, beside which a few rows decode, they are denser.
     """
     most = min(chunk, GRAPH_CHUNK) + GRAPH_DECODE_ROWS
-    sizes = [*range(64, 1280, 64), *range(1280, most, MIXED_PADDING)]
+    sizes = {*range(64, 1280, 64), *range(1280, most, MIXED_PADDING)}
+    sizes |= {length + rows for length in (512, 1024, 2048) for rows in (16, 32)}
+    # products of 448 rows take cuBLAS a third longer than those of 512 (an 8B model on an H200)
+    sizes = sizes - {448} | {432}
     return sorted({*(s for s in sizes if s < most), most, max(most, chunk)})
 
 

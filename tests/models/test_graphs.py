@@ -72,6 +72,14 @@ def test_sizes_rise_and_reach_the_most(most: int) -> None:
     assert all(w <= 2 for w in waste)
 
 
+@pytest.mark.parametrize("rows", [1, 12, 16, 17, 32])
+@pytest.mark.parametrize("length", [512, 1024, 2048])
+def test_few_rows_beside_a_prompt_of_usual_length_have_little_padding(
+    length: int, rows: int
+) -> None:
+    assert min(n for n in mixed_sizes(4096) if n >= length + rows) - (length + rows) < 16
+
+
 CHOICES = [
     SamplingParams(temperature=0.0, logprobs=0),
     SamplingParams(temperature=0.9, seed=5),
