@@ -216,6 +216,7 @@ class Scheduler(Actor[Inbox]):
             self.core.refuse(msg.rid, Failure.of(error))
             return
         self._stalled = False
+        self._pacer.came()
         self.core.add(
             msg.rid,
             msg.prompt,
@@ -277,12 +278,13 @@ class Scheduler(Actor[Inbox]):
         return self._waits_for_newcomers(now)
 
     def _waits_for_newcomers(self, now: float) -> bool:
-        """Whether to delay: the device is busy, and no request waits."""
-        if len(self._inflight) != 1 or self.core.waiting:
+        """Whether to delay: the device is busy, and newcomers may still join."""
+        if len(self._inflight) != 1:
             return False
         if self._in_step:  # agreement takes a round trip: never delay
             return False
-        pause = self._pacer.pause(now, self._inflight[-1].size)
+        waiting = bool(self.core.waiting)
+        pause = self._pacer.pause(now, self._inflight[-1].size, waiting=waiting)
         if pause:
             self._wake(now, now + pause)
         return pause > 0
@@ -382,7 +384,9 @@ class Scheduler(Actor[Inbox]):
             self.core.speculation.over(drafts=bool(step.drafts))
         scores = [scored for got in done.prompt if (scored := self._score(step, *got)) is not None]
         step.result = done
+        before = len(self.core.ended)
         emitted = self.core.commit(step, done.tokens)
+        self._pacer.ended(now, len(self.core.ended) - before)
         if emitted.rows or scores:
             self._unpublished.append((emitted, scores))
         self._masks_until = now + MASKS_S

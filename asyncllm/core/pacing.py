@@ -12,6 +12,7 @@ LEAST_SHARE, MOST_SHARE = 0.05, 0.25  # safety margin as a share of the running 
 ERRORS = 3.0  # that share, in mean errors of recent predictions
 ROW_S = 30e-6  # publishing cost per row, which keeps the loop busy
 LEAST_S = 0.001  # shorter waits are not worth a timer
+NEXT_S = 0.01  # within which clients that send one request after another send the next
 LEAST_ROOM = 64  # prompt tokens allowed in any step, whatever the share
 
 
@@ -24,6 +25,10 @@ class Pacer:
     the running step ends. If that ends earlier than predicted, the next one is launched at once: a
     wrong prediction leaves the device idle for one launch at most.
 
+    Clients often send their next request as soon as one has ended. While such are expected, the
+    step is not launched for the first of them: prompts of requests whose predecessors ended
+    together run in one step, and decoding requests wait for it once.
+
     Args:
         times: of steps.
         prefill_share: share of the time of a mixed step that prompts may take; 1: all of it.
@@ -33,6 +38,7 @@ class Pacer:
         self.times = times
         self._prefill_share = prefill_share
         self._began = 0.0  # when the running step began, approximately
+        self._expected, self._ended_at = 0, 0.0  # newcomers in the place of requests that ended
         self._timed = False  # whether the device measures steps; a CPU does not, and is not paced
 
     def launched(self, now: float, *, idle: bool) -> None:
@@ -49,8 +55,27 @@ class Pacer:
         """
         self._began, self._timed = now, device_ms > 0
 
-    def pause(self, now: float, running: StepSize) -> float:
-        """Seconds until the step after ``running`` must be launched; 0: now."""
+    def ended(self, now: float, num: int) -> None:
+        """So many requests have ended."""
+        if num:
+            self._expected = num + (self._expected if self._expects(now) else 0)
+            self._ended_at = now
+
+    def came(self) -> None:
+        """A request has come."""
+        self._expected = max(self._expected - 1, 0)
+
+    def _expects(self, now: float) -> bool:
+        return self._expected > 0 and now - self._ended_at < NEXT_S
+
+    def pause(self, now: float, running: StepSize, *, waiting: bool = False) -> float:
+        """Seconds until the step after ``running`` must be launched; 0: now.
+
+        Args:
+            waiting: whether a request waits.
+        """
+        if waiting and not self._expects(now):
+            return 0.0
         takes = self.times.predict(running) / 1e3
         if not takes or not self._timed:
             return 0.0

@@ -1,5 +1,5 @@
-"""Late launch and the share of prompts, with requests that come at random and a device whose steps
-take what their tokens and K/V reads say; time is only simulated."""
+"""Late launch and the share of prompts, with requests that come at random or one after another, and
+a device whose steps take what their tokens and K/V reads say; time is only simulated."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from bench.common import Record
 from bench.simulate import Delays, Simulation
 
 OPEN = "--n 150 --rate 14 --inp 1024 --out 48"
+CLOSED = "--n 60 --conc 8 --inp 512 --out 128"
 DELAYS = Delays(launch=0.0005, timer=0.0)
 
 
@@ -44,7 +45,7 @@ def mean(values: Collection[float]) -> float:
 
 def test_a_late_launch_takes_newcomers_into_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
     made, late = simulated(OPEN)
-    monkeypatch.setattr(Pacer, "pause", lambda *_: 0.0)
+    monkeypatch.setattr(Pacer, "pause", lambda *_, waiting: 0.0)
     _, at_once = simulated(OPEN)
     # of a step of 6 to 7 ms; the rest is the prompt's own step
     assert mean([r.ttft_s for r in late]) < mean([r.ttft_s for r in at_once]) - 0.004
@@ -52,6 +53,18 @@ def test_a_late_launch_takes_newcomers_into_the_next_step(monkeypatch: pytest.Mo
     # the device waits no longer than for a launch, and hardly ever
     assert max(made.gaps) <= DELAYS.launch + DELAYS.told + 1e-9
     assert mean(made.gaps) < 0.1 * DELAYS.launch
+
+
+def test_clients_that_go_on_when_others_do_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    def held_up(made: Simulation) -> int:
+        """Tokens of requests that had to wait for prompts of others."""
+        return sum(p.num_decode for p in made.plans if p.num_decode < len(p.lanes))
+
+    together, _ = simulated(CLOSED)
+    monkeypatch.setattr(Pacer, "ended", lambda *_: None)  # nobody is expected
+    apart, _ = simulated(CLOSED)
+    assert held_up(together) < 0.7 * held_up(apart)
+    assert mean(together.gaps) < 0.1 * DELAYS.launch  # the device does not wait for them
 
 
 def test_a_share_bounds_what_prompts_add_to_steps_of_others() -> None:

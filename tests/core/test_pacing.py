@@ -9,6 +9,7 @@ import pytest
 from asyncllm.core.pacing import (
     LEAST_ROOM,
     MARGIN_S,
+    NEXT_S,
     ROW_S,
     Pacer,
 )
@@ -138,6 +139,33 @@ def test_a_late_launch_does_not_make_the_next_one_later() -> None:
         pacer.times.over(now, now - 0.001, size, 6.01, drafts=False)
         pauses.append(pacer.pause(now, size))
     assert pauses == pytest.approx([pauses[0]] * 4, rel=0.001)
+
+
+def test_requests_whose_predecessors_ended_together_wait_for_each_other() -> None:
+    pacer, running = paced(), StepSize(4, 400, 4, decodes=True)
+    pacer.launched(100.0, idle=True)
+    pause = pacer.pause(100.001, running)
+    assert pause > 0
+
+    def waits() -> float:
+        return pacer.pause(100.001, running, waiting=True)
+
+    assert waits() == 0  # nobody is expected
+    pacer.ended(100.0, 2)
+    pacer.ended(100.0, 1)
+    for _ in range(2):
+        pacer.came()
+        assert waits() == pause
+    pacer.came()
+    assert waits() == 0  # all are there
+    pacer.came()  # one more than have ended is not missed later
+    pacer.ended(100.0, 1)
+    assert waits() == pause
+    pacer.launched(100.0 + NEXT_S, idle=True)
+    assert pacer.pause(100.0 + NEXT_S, running, waiting=True) == 0  # too late to be one of them
+    pacer.ended(100.0 + NEXT_S, 1)
+    pacer.came()
+    assert pacer.pause(100.0 + NEXT_S, running, waiting=True) == 0  # the earlier one is forgotten
 
 
 def test_prompts_take_their_share_of_a_step() -> None:
