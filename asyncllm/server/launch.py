@@ -18,6 +18,7 @@ import ssl
 import subprocess
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -130,16 +131,24 @@ class Children:
         self, on_death: Callable[[Boot, int, int], None], early: EarlyRanks | None = None
     ) -> None:
         self._on_death, self._early = on_death, early
+        self._workers: deque[subprocess.Popen[bytes]] = deque()  # that wait for their boot
         self._loop = asyncio.get_running_loop()
         self._running: dict[int, tuple[Boot, subprocess.Popen[bytes]]] = {}  # by pidfd
         self._leaving = False
         self._empty = asyncio.Event()
         self._empty.set()
 
+    def prepare_workers(self, num: int, boot: Boot, num_threads: int) -> None:
+        """Start ``num`` HTTP workers, which import while rank 0 loads; ``boot``: of rank 0."""
+        fds = [boot.listen_fd, boot.heartbeats_fd]
+        self._workers += [spawn(num_threads, fds) for _ in range(num)]
+
     def start(self, boot: Boot, num_threads: int) -> None:
         """Start a child, if it has not been, and pass it ``boot`` on its standard input."""
         process = None
-        if self._early is not None and not boot.me.replaceable:
+        if boot.me.replaceable:
+            process = self._workers.popleft() if self._workers else None
+        elif self._early is not None:
             process = self._early.take()
         if process is None:
             fds = [fd for fd in (boot.listen_fd, boot.heartbeats_fd) if fd >= 0]
@@ -201,7 +210,7 @@ class Children:
     def kill(self) -> None:
         """Kill every child. Thread-safe; works even if the loop hangs."""
         self._leaving = True
-        processes = [process for _, process in [*self._running.values()]]
+        processes = [*(process for _, process in [*self._running.values()]), *self._workers]
         for process in processes:
             process.kill()
         for process in processes:  # a process that hangs in a driver is left to the kernel

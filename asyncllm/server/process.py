@@ -131,6 +131,9 @@ class Server:
             self._start_children(replaceable=False)
             if boot.config.check:
                 return await self._check()
+            if self._children:
+                num = sum(endpoint.replaceable for endpoint in self._others_here())
+                self._children.prepare_workers(num, boot, num_threads(boot))
             loaded = await self._load()
             self._boot = loaded.boot
             # they need the limits that follow from the K/V size
@@ -261,10 +264,14 @@ class Server:
             self._children.kill()
 
     def _start_children(self, *, replaceable: bool) -> None:
-        node = self._boot.me.node
-        for endpoint in self._boot.topology.on(node) if self._children else ():
-            if endpoint != self._boot.me and endpoint.replaceable == replaceable:
+        for endpoint in self._others_here() if self._children else ():
+            if endpoint.replaceable == replaceable:
                 self._start_child(endpoint, self._system.topology)
+
+    def _others_here(self) -> list[Endpoint]:
+        """The other processes of the node."""
+        me = self._boot.me
+        return [endpoint for endpoint in self._boot.topology.on(me.node) if endpoint != me]
 
     def _start_child(self, endpoint: Endpoint, topology: Topology) -> None:
         assert self._children is not None

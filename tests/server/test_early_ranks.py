@@ -1,19 +1,25 @@
-"""Ranks that are started before rank 0 knows what they are for."""
+"""Processes that are started before rank 0 knows what they are for."""
 
 from __future__ import annotations
 
+import asyncio
 import io
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from asyncllm import cli, rank
 from asyncllm.environment import API_KEY, child_environment
-from asyncllm.server import early_ranks
+from asyncllm.server import early_ranks, launch
 from asyncllm.server.early_ranks import MOST, EarlyRanks
+from asyncllm.server.launch import Boot, Children
+from tests.server.test_launch import boot
+
+WAIT_S = 20.0  # only what fails takes so long
 
 Spawned = list[tuple[subprocess.Popen[bytes], tuple[str, ...]]]
 
@@ -48,6 +54,41 @@ def test_they_are_taken_in_order_and_those_left_over_are_killed(
 def test_a_number_that_is_refused_later_does_not_fill_the_machine(spawned: Spawned) -> None:
     with EarlyRanks(60_000, cuda=False):
         assert len(spawned) == MOST
+
+
+def test_http_workers_wait_for_their_boot_while_rank_0_loads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spawned: list[subprocess.Popen[bytes]] = []
+    given: list[tuple[int, ...]] = []
+
+    def spawn(num_threads: int, fds: Sequence[int], *words: str) -> subprocess.Popen[bytes]:
+        assert not words, "they end their requests before they end with rank 0"
+        given.append(tuple(fds))
+        spawned.append(subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        return spawned[-1]
+
+    monkeypatch.setattr(launch, "spawn", spawn)
+
+    async def go() -> None:
+        children = Children(lambda *_: None)
+        children.prepare_workers(2, replace(boot(), endpoint=0, listen_fd=8, heartbeats_fd=9), 1)
+        assert given == [(8, 9)] * 2
+        children.start(replace(boot(), endpoint=2), 1)
+        assert len(spawned) == 2, "one that waits"
+        out = spawned[0].stdout
+        assert out is not None
+        assert Boot.from_json(out.read().decode()).name == "HTTP worker 1"
+        await children.wait(WAIT_S)
+        assert spawned[1].poll() is None
+        children.kill()
+        assert spawned[1].returncode == -9
+
+    asyncio.run(go())
+    for process in spawned:
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            pipe.close()
 
 
 @pytest.mark.parametrize(
