@@ -33,7 +33,7 @@ from asyncllm.models.ops import Ops, Product
 from asyncllm.models.quantization import AS_STORED, LinearCounts, Quantisation, WeightTypes
 from asyncllm.models.registry import MODELS
 from asyncllm.models.spec import AttentionSpec, ModelSpec, shard_heads
-from asyncllm.models.weights import load
+from asyncllm.models.weights import READING_BYTES, load
 from asyncllm.records import OpenedLane
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -394,7 +394,7 @@ def _work_bytes(model: Model, sizes: Sizes, cuda: bool) -> int:
     attention = model.site.attention
     num_tables = 3 if all(attention.layout.bytes_per_slot()) else 2
     tables = num_tables * sizes.num_lanes * sizes.max_len * 4 + attention.nbytes
-    reserve = CUDA_RESERVE if cuda else 0
+    reserve = CUDA_RESERVE + READING_BYTES if cuda else 0
     return model.work_bytes(sizes.batch_max_tokens) + logits + tables + reserve
 
 

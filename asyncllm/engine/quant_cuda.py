@@ -34,7 +34,7 @@ WIDENED = 1 << 25  # 4-bit weights dequantised to 16 bits at a time
 # accumulators: a result then loses less there than by being rounded to bfloat16.
 FAST_INPUTS = 4096
 # one number of rows of each class of each kernel, to cover all that serving may need
-_CLASSES = (1, 9, 17, 33, 65, 129, 257, 2048)
+_CLASSES = (1, 9, 17, 33, 65, 129, 257, 528)
 
 
 EIGHT_BITS: dict[RowForm, torch.dtype] = {

@@ -23,8 +23,11 @@ from asyncllm.models.quantization import BLOCK, INT4_ZERO, QuantWeight
 from asyncllm.models.quantize import quantize_blocks, quantize_rows
 from asyncllm.models.tensors import FLOATS, FP8, Index, OpenFiles, TensorSource
 
-_CHUNK = 1 << 22  # elements read at a time
-_QUANTISED = 1 << 22  # elements quantised at a time, as float32 copies
+_CHUNK = 1 << 22  # elements read, or quantised, at a time
+_READERS = 4  # threads
+_COPIES = 16  # bytes for each element of a chunk: what has been read, and float32 copies
+# what reading takes of a GPU's memory beside the weights, at most, of rows up to 32,768 elements
+READING_BYTES = _READERS * _CHUNK * _COPIES
 
 
 class TensorMismatch(ValueError):
@@ -114,7 +117,7 @@ class QuantTarget:
     def _quantise(self, source: TensorSource) -> None:
         weight, device = self.weight, self.weight.data.device
         first, end, _ = self.rows.indices(weight.out_features)
-        step = max(BLOCK, _QUANTISED // weight.in_features // BLOCK * BLOCK)
+        step = max(BLOCK, _CHUNK // weight.in_features // BLOCK * BLOCK)
         for begin in range(first, end, step):
             stop = min(begin + step, end)
             made = torch.zeros(stop - begin, weight.in_features, device=device)
@@ -247,7 +250,6 @@ def load(
     progress: Callable[[int, int], None],
     *,
     form: StoredForm | None = None,
-    num_threads: int = 4,
 ) -> None:
     """Fill every target from the files of ``checkpoint``.
 
@@ -277,7 +279,7 @@ def load(
     work = _LoadJob(checkpoint, wanted, form, counted)
     # pickles come from one process, and those that cannot be mapped are whole in its memory
     mapped = all(path.suffix == ".safetensors" for path in of)
-    with ThreadPoolExecutor(num_threads if mapped else 1) as pool:
+    with ThreadPoolExecutor(_READERS if mapped else 1) as pool:
         parts = [
             pool.submit(_load_files, work, files, groups[files], sizes[files]) for files in groups
         ]

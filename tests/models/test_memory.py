@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Iterable
 from dataclasses import replace
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from asyncllm.core.request import SamplingParams
@@ -32,9 +34,12 @@ from asyncllm.engine.device import CpuDevice
 from asyncllm.engine.engine import Engine, Outputs, PreparedStep
 from asyncllm.engine.parallel import SingleRank
 from asyncllm.errors import StartupError
+from asyncllm.models import weights
 from asyncllm.models.llama import Decoder
 from asyncllm.models.quantization import WeightTypes
+from asyncllm.models.quantize import quantize_blocks
 from asyncllm.models.spec import ExpertsSpec, ModelSpec
+from asyncllm.models.tensors import Index, OpenFiles, TensorSource
 from tests.conftest import TINY_EXPERTS
 from tests.models.families import CASES, WINDOW, make
 from tests.models.harness import Driver, Sequence, build, random_ids, read_spec
@@ -317,6 +322,55 @@ def watch_a_full_step(
     driver.run([(s, 1, 0) for s in seqs])
     assert held + peak.most <= plan.work
     device.close()
+
+
+class Copied:
+    """A tensor of a checkpoint, whose slices come as tensors of their own, as on a GPU."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self._source, self.shape, self.kind = source, source.shape, source.kind
+
+    def read(self, index: Index, device: torch.device) -> Tensor:
+        with _disable_current_modes():
+            found = self._source.read(index, device)
+        return found.clone()
+
+
+@pytest.mark.parametrize("asked", ["none", "fp8w8a8", "fp8w8a8-b128", "w8a8"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
+def test_reading_takes_no_more_than_is_planned(
+    tmp_path: Path, stored: torch.dtype, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the weights, on the device, of each thread: while a tensor of several chunks is read,
+    brought to float32 and quantised."""
+    make_checkpoint(tmp_path, hidden_size=384, intermediate_size=1024, num_hidden_layers=1)
+    found = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in found if name.endswith("_proj.weight")]:
+        if stored == torch.float8_e4m3fn:
+            found[name], found[f"{name}_scale_inv"] = quantize_blocks(found[name])
+        else:
+            found[name] = found[name].to(stored)
+    save_file(found, tmp_path / "model.safetensors")
+    if stored == torch.float8_e4m3fn:
+        said = json.loads((tmp_path / "config.json").read_text())
+        said["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        (tmp_path / "config.json").write_text(json.dumps(said))
+    chunk = 128 * 1024  # rows of a block
+    monkeypatch.setattr(weights, "_CHUNK", chunk)
+    tensor, copy, most = OpenFiles.tensor, weights._copy, [0]
+    monkeypatch.setattr(OpenFiles, "tensor", lambda *args: Copied(tensor(*args)))
+
+    def watched(*args: Any) -> None:
+        with Peak() as peak:
+            copy(*args)
+        most.append(peak.most)
+
+    monkeypatch.setattr(weights, "_copy", watched)
+    build_model(
+        tmp_path, read_spec(tmp_path), SingleRank(), dtype="bf16", device=CPU, max_len=64,
+        asked=WeightTypes(asked),
+    )  # fmt: skip
+    assert chunk < max(most) <= weights._COPIES * chunk
 
 
 def test_what_does_not_fit_is_told_with_the_flag(tmp_path: Path) -> None:

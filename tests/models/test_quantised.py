@@ -276,7 +276,7 @@ def test_no_more_memory_than_the_plan_and_a_piece(
     plain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While weights are quantised: of no layer is there more than a piece in another type."""
-    monkeypatch.setattr("asyncllm.models.weights._QUANTISED", 128 * 160)
+    monkeypatch.setattr("asyncllm.models.weights._CHUNK", 128 * 160)
     seen: list[int] = []
     zeros = torch.zeros
 
