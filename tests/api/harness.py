@@ -70,6 +70,7 @@ CASES: dict[str, Case] = {
     "cut": ("hermes", "", '<tool_call>{"name": "weather", "arguments": {"city": "A', None, None,
             [("weather", '{"city": "A')], "length"),
     "think": ("", "think", THINK + "Yes", "Yes", "well <tool_call>", [], "stop"),
+    "think and cut": ("", "think", THINK + "Yes", "Yes", "well <tool_call>", [], "length"),
     "think and call": ("hermes", "qwen3", f"{THINK}<tool_call>{CALL}</tool_call>", None,
                        "well <tool_call>", [WEATHER], "tool_calls"),
     "think without end": ("hermes", "qwen3", "<think>well", None, "well", [], "length"),

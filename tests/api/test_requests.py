@@ -617,14 +617,8 @@ def test_tokens_body() -> None:
 
 
 def test_huge_numbers_are_refused() -> None:
-    body = json_body.load(b'{"prompt": "x", "temperature": 1e999}')
-    with pytest.raises(RequestError, match="temperature"):
-        openai.completion(body, SERVED)
-    body = json_body.load(
-        b'{"inputs": "x", "parameters": {"do_sample": true, "temperature": 1e999}}'
-    )
-    with pytest.raises(RequestError, match="temperature"):
-        lightllm.generate(body, SERVED, stream=False)
+    with pytest.raises(RequestError, match="number 1e999, beyond double precision"):
+        json_body.load(b'{"prompt": "x", "temperature": 1e999}')
 
 
 def test_long_values_are_cut_in_messages() -> None:

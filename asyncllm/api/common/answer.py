@@ -127,6 +127,11 @@ class Choice:
         """The whole text so far."""
         return "".join(self.texts)
 
+    @property
+    def is_cut(self) -> bool:
+        """It would have gone on."""
+        return self.reason in (FinishReason.LENGTH, FinishReason.ABORT)
+
     def take(self, delta: TextDelta) -> None:
         """Add new tokens and text."""
         if delta.text:

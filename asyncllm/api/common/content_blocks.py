@@ -24,7 +24,7 @@ class ContentBlock:
         index: from 0 on.
         kind: reasoning, content, or a call (CallStart).
         call: its name and id, if it is a call.
-        complete: the arguments of a call are whole JSON; any other block has ended.
+        complete: the arguments of a call are whole JSON; any other block has not been cut.
     """
 
     index: int
@@ -111,7 +111,7 @@ class ContentBlockReply(Reply, Protocol):
     def flush(self, choice: Choice) -> bytes:
         """Events for what was held back, and the end of the last block."""
         found = [] if choice.output is None else choice.output.take_events()
-        return self._tell(self.blocks.add(found)) + self._tell(self.blocks.end())
+        return self._tell(self.blocks.add(found)) + self._tell(self.blocks.end(not choice.is_cut))
 
     def all_blocks(self, choice: Choice) -> list[ContentBlock]:
         """All blocks of an answer that has not been streamed."""
@@ -120,7 +120,7 @@ class ContentBlockReply(Reply, Protocol):
         else:
             found = [Content(choice.text)] if choice.text else []
         self.blocks = BlockBuilder()
-        for _ in chain(self.blocks.add(found), self.blocks.end()):
+        for _ in chain(self.blocks.add(found), self.blocks.end(not choice.is_cut)):
             pass
         return self.blocks.all
 

@@ -126,7 +126,9 @@ def _too_many(what: str, number: int, of: str, most: int, name: str | None) -> N
 
 def _finite(text: str) -> float:
     value = float(text)
-    return _no_constant(text[:40]) if isinf(value) else value
+    if isinf(value):
+        reject(f"the body holds the number {text[:40]}, beyond double precision")
+    return value
 
 
 def _no_constant(name: str) -> NoReturn:

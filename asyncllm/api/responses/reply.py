@@ -90,7 +90,7 @@ class ResponseReply(ContentBlockReply):
         else:
             more = {"logprobs": self._all_scores()} if block.kind is Content else {}
             out = self._event(kind, **where, text=text, **more)
-        item = self._item(block, _status(block, self.answer.choices[0]))
+        item = self._item(block, _status(block))
         self._items.append(item)
         part = item["content"][0] if "content" in item else {}
         return (
@@ -103,7 +103,7 @@ class ResponseReply(ContentBlockReply):
         """What was held back, and the last item's end; an answer of nothing is an empty message."""
         out = self.flush(choice)
         if not self.blocks.all:
-            out += self._tell(self.blocks.add([Content("")])) + self._tell(self.blocks.end())
+            out += self._tell(self.blocks.add([Content("")])) + self.flush(choice)
         return out
 
     def closing(self) -> bytes:
@@ -122,8 +122,8 @@ class ResponseReply(ContentBlockReply):
     def whole(self) -> bytes:
         """The answer in one piece."""
         (choice,) = self.answer.choices
-        blocks = self.all_blocks(choice) or [ContentBlock(0, Content)]
-        items = [self._item(block, _status(block, choice)) for block in blocks]
+        blocks = self.all_blocks(choice) or [ContentBlock(0, Content, complete=not choice.is_cut)]
+        items = [self._item(block, _status(block)) for block in blocks]
         return sse.body(self._finish(choice, items, blocks))
 
     @property
@@ -137,7 +137,7 @@ class ResponseReply(ContentBlockReply):
         self, choice: Choice, items: list[dict[str, object]], blocks: list[ContentBlock]
     ) -> dict[str, object]:
         """The finished response, which is stored if it may be."""
-        status = "incomplete" if choice.reason is FinishReason.LENGTH else "completed"
+        status = "incomplete" if choice.is_cut else "completed"
         response = self._response(status, items)
         usage = self.answer.usage()
         thoughts = usage.get("completion_tokens_details", {}).get("reasoning_tokens", 0)
@@ -152,7 +152,8 @@ class ResponseReply(ContentBlockReply):
             "total_tokens": usage["total_tokens"],
         }
         if status == "incomplete":
-            response["incomplete_details"] = {"reason": "max_output_tokens"}
+            aborted = choice.reason is FinishReason.ABORT
+            response["incomplete_details"] = {"reason": "abort" if aborted else "max_output_tokens"}
         if self._asked.echo["store"]:
             stored = answered(self._asked, blocks, sse.body(response))
             self._store.put(self.answer.id, stored)
@@ -231,11 +232,8 @@ def _part(block: ContentBlock, text: str) -> dict[str, object]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _status(block: ContentBlock, choice: Choice) -> str:
-    """A call is judged by itself; what the end of the answer ends may be cut."""
-    if block.call is not None:
-        return "completed" if block.complete else "incomplete"
-    return "incomplete" if choice.reason is FinishReason.LENGTH else "completed"
+def _status(block: ContentBlock) -> str:
+    return "completed" if block.complete else "incomplete"
 
 
 def answered(

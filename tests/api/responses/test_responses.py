@@ -360,9 +360,14 @@ def test_items_in_answers(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "status"), [(FinishReason.STOP, "completed"), (FinishReason.LENGTH, "incomplete")]
+    ("reason", "status", "why"),
+    [
+        (FinishReason.STOP, "completed", None),
+        (FinishReason.LENGTH, "incomplete", {"reason": "max_output_tokens"}),
+        (FinishReason.ABORT, "incomplete", {"reason": "abort"}),
+    ],
 )
-def test_stream(reason: FinishReason, status: str) -> None:
+def test_stream(reason: FinishReason, status: str, why: dict[str, str] | None) -> None:
     store = ResponseStore()
     made = reply(store, reason, stream=True)
     (choice,) = made.answer.choices
@@ -393,8 +398,7 @@ def test_stream(reason: FinishReason, status: str) -> None:
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": 8,
     }
-    details = {"reason": "max_output_tokens"} if status == "incomplete" else None
-    assert last["incomplete_details"] == details
+    assert last["incomplete_details"] == why
     assert json.loads(store.body("id-1")) == last
     assert store.messages("id-1")[-1] == {"role": "assistant", "content": 'a"\né'}
 
