@@ -42,7 +42,7 @@ def build(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None
     given = dict(zip(self.arg_names, args, strict=False))
     given |= {name: value for name, value in kwargs.items() if name in self.arg_names}
     if "ASM" in given:  # what a GPU has
-        given["ASM"] = given.get("q_ptr", given["out_ptr"]).element_size() == 2
+        given["ASM"] = given["q_ptr" if "q_ptr" in given else "out_ptr"].element_size() == 2
     if "SETTLE" in given:
         given["SETTLE"] = True
     options = {name: value for name, value in kwargs.items() if name not in self.arg_names}

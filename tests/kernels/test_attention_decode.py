@@ -141,6 +141,46 @@ def test_every_way_reads_every_format(
     assert not got[case["lens"] == 0].any()
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("shift", [-1, 0, 1])
+@pytest.mark.parametrize("dtype", HERE, ids=str)
+def test_numbers_in_8_bits_may_have_any_size(
+    kind: torch.dtype, shift: int, dtype: torch.dtype
+) -> None:
+    """What is read most has values a millionth of the others; queries and keys balance one another
+    where one float16 would not hold both."""
+    case = make_case([1, 70, 33], 4, 2, 64, dtype)
+    mean = case["q"].unflatten(1, (2, 2)).mean(2)
+    case["q"] = case["q"] * 0.1 + mean.repeat_interleave(2, 1)
+    for row, (lane, length) in enumerate(
+        zip(case["lanes"].tolist(), case["lens"].tolist(), strict=True)
+    ):
+        slots = case["table"][lane, :length].long()
+        case["k_cache"][slots[::2]] += 4 * mean[row]
+        case["k_cache"][slots[1::2]] -= 4 * mean[row]
+        case["v_cache"][slots[::2]] *= 1e-3
+        case["v_cache"][slots[1::2]] *= 1e3
+    factor = (1e20 if dtype == torch.bfloat16 else 300.0) ** shift
+    case["q"], case["k_cache"] = case["q"] * factor, case["k_cache"] / factor
+    case = in_8_bits(case, kind, None)
+    assert_close(
+        "out", decode_attention_ref(**case, scale=0.125), decode_attention(**case, scale=0.125)
+    )
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-15, 1e20])
+def test_values_that_are_zero_have_their_weight_beside_any(size: float) -> None:
+    case = make_case([40, 3], 2, 1, 16, torch.float32)
+    case["v_cache"] *= size
+    case["v_cache"][case["table"][case["lanes"][0].long(), 3:20].long()] = 0.0
+    case = in_8_bits(case, torch.float8_e4m3fn, None)
+    want, got = (
+        attend(**case, scale=0.25) / (size or 1.0)
+        for attend in (decode_attention_ref, decode_attention)
+    )
+    assert_close("out", want, got)
+
+
 def test_a_window_costs_a_window() -> None:
     case = make_case([5, 0, 400, 16, 90], 4, 2, 64, torch.float32)
     config = DecodeConfig(tile=16, num_warps=4, num_stages=2, programs_per_sm=1)

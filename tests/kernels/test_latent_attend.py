@@ -78,6 +78,31 @@ def test_eight_bits(heads: int, rank: int) -> None:
     assert_close("out", want[state > 0], got[state > 0])
 
 
+@pytest.mark.parametrize("dtype", HERE, ids=str)
+@pytest.mark.parametrize("shift", [-1, 0, 1])
+def test_latents_in_eight_bits_may_have_any_size(dtype: torch.dtype, shift: int) -> None:
+    """What is read most is a thousandth of the others; queries and latents balance one another
+    where one float16 would not hold both."""
+    case = make_case([1, 70, 33], 3, 64, 16, dtype)
+    mean = torch.cat([case["q"], case["turned"]], 2).mean(1)
+    case["q"], case["turned"] = (
+        0.1 * case[name] + mean[:, None, part]
+        for name, part in (("q", slice(64)), ("turned", slice(64, None)))
+    )
+    for row, (lane, length) in enumerate(
+        zip(case["lanes"].tolist(), case["lens"].tolist(), strict=True)
+    ):
+        slots = case["table"][lane, :length].long()
+        case["cache"][slots[::2]] *= 1e-2
+        case["cache"][slots[1::2]] = case["cache"][slots[1::2]] - 40 * mean[row]
+    factor = (1e20 if dtype == torch.bfloat16 else 300.0) ** shift
+    case["q"], case["turned"], case["cache"] = (
+        case["q"] * factor, case["turned"] * factor, case["cache"] / factor,
+    )  # fmt: skip
+    case = in_eight_bits(case)
+    assert_close("out", attend_ref(**case, scale=0.1), run(case))
+
+
 @pytest.mark.parametrize(("heads", "num_ranges"), [(6, 1), (6, 3), (6, 12), (70, 3)])
 @pytest.mark.usefixtures("poisoned_empty")
 def test_any_division_of_the_work_gives_the_same(heads: int, num_ranges: int) -> None:

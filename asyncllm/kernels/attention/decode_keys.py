@@ -9,7 +9,17 @@ multiplied to its score and to its weight, or with one for each 8 channels.
 import triton
 import triton.language as tl
 
-from asyncllm.kernels.attention.kv8 import from_8_bits, halves, scales_of, spread, times, widened
+from asyncllm.kernels.attention.kv8 import (
+    by_power,
+    float16_factor,
+    float16_halves,
+    from_8_bits,
+    halves,
+    scales_of,
+    spread,
+    times,
+    widened,
+)
 from asyncllm.kernels.attention.scores import capped
 
 
@@ -135,7 +145,7 @@ def _attend_group(
     acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
     for tile in range(begin, stop, TILE):
         seen, slot = _slots(lane_ptr, tile, length, TILE, WINDOW)
-        k, v = _load(k_ptr, v_ptr, slot, seen, kv_head, KV_HEADS, DIM, DIM_PAD)
+        k, v = _load(k_ptr, v_ptr, slot, kv_head, KV_HEADS, DIM, DIM_PAD)
         score = tl.dot(q, tl.trans(k), input_precision="ieee")
         if CAPPED:
             score = capped(score, scale_log2, cap_log2)
@@ -179,16 +189,28 @@ def _attend_pairs(
     """The same over K/V in 8 bits, read as int16: neighbouring channels go through products of
     their own, even ones and odd ones."""
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    norm = tl.zeros([GROUP_PAD], tl.float32)
+    # summed over tokens at the end: one sum across warps instead of one a tile
+    norms = tl.zeros([GROUP_PAD, TILE], tl.float32)
     even = tl.zeros([GROUP_PAD, DIM_PAD // 2], tl.float32)
     odd = tl.zeros([GROUP_PAD, DIM_PAD // 2], tl.float32)
+    every = tl.full([TILE], True, tl.int1)
+    row_scale = tl.full([GROUP_PAD, 1], scale_log2, tl.float32)
+    if SCALES == 1 and q.dtype != tl.float32:
+        wide = q.to(tl.float32)
+        factor, back = float16_factor(tl.max(tl.abs(wide), axis=1))
+        q = (wide * factor[:, None]).to(tl.float16)
+        row_scale *= back[:, None]
     q_even, q_odd = tl.split(tl.reshape(q, [GROUP_PAD, DIM_PAD // 2, 2]))
     for tile in range(begin, stop, TILE):
         seen, slot = _slots(lane_ptr, tile, length, TILE, WINDOW)
-        k, v = _load(k_ptr, v_ptr, slot, seen, kv_head, KV_HEADS, DIM // 2, DIM_PAD // 2)
-        k_even, k_odd = halves(k, KIND, ASM, q.dtype)
-        v_even, v_odd = halves(v, KIND, ASM, q.dtype)
-        k_scale, v_scale = scales_of(scales_ptr, slot, seen, kv_head, KV_HEADS, DIM_PAD, SCALES)
+        k, v = _load(k_ptr, v_ptr, slot, kv_head, KV_HEADS, DIM // 2, DIM_PAD // 2)
+        if q.dtype == tl.float16:
+            k_even, k_odd = float16_halves(k, KIND, ASM)
+            v_even, v_odd = float16_halves(v, KIND, ASM)
+        else:
+            k_even, k_odd = halves(k, KIND, ASM, q.dtype)
+            v_even, v_odd = halves(v, KIND, ASM, q.dtype)
+        k_scale, v_scale = scales_of(scales_ptr, slot, every, kv_head, KV_HEADS, DIM_PAD, SCALES)
         if SCALES > 1:
             k_scale = spread(k_scale, TILE, DIM_PAD // 8, 4)
             v_scale = spread(v_scale, TILE, DIM_PAD // 8, 4)
@@ -199,21 +221,28 @@ def _attend_pairs(
         if SCALES == 1:
             score *= k_scale[None, :]
         if CAPPED:
-            score = capped(score, scale_log2, cap_log2)
+            score = capped(score, row_scale, cap_log2)
         else:
-            score *= scale_log2
+            score *= row_scale
+        inverse = v_scale
+        if SCALES == 1:  # weights with their scales' powers of two, so that none leaves float16
+            power, v_scale, inverse = by_power(v_scale)
+            score += power[None, :]
         score = tl.where(seen[None, :], score, float("-inf"))
         new_best = tl.maximum(best, tl.max(score, axis=1))
         weight = tl.exp2(score - new_best[:, None])
         shrink = tl.exp2(best - new_best)
-        norm = norm * shrink + tl.sum(weight, axis=1)
         if SCALES == 1:
+            norms = norms * shrink[:, None] + weight * inverse[None, :]
             weight *= v_scale[None, :]
+        else:
+            norms = norms * shrink[:, None] + weight
         weight = weight.to(q.dtype)
         even = tl.dot(weight, v_even, even * shrink[:, None], input_precision="ieee")
         odd = tl.dot(weight, v_odd, odd * shrink[:, None], input_precision="ieee")
         best = new_best
-    return tl.reshape(tl.join(even, odd), [GROUP_PAD, DIM_PAD]), best, norm
+    sums = tl.reshape(tl.join(even, odd), [GROUP_PAD, DIM_PAD])
+    return sums, best, tl.sum(norms, axis=1)
 
 
 @triton.jit
@@ -244,18 +273,19 @@ def _attend_one(
     norms = tl.zeros([1, TILE], tl.float32)
     sums = tl.zeros([TILE, DIM_PAD], tl.float32)
     wide = q.to(tl.float32)
+    every = tl.full([TILE], True, tl.int1)
     # said here, since only loops with matrix instructions are pipelined unasked
     for tile in tl.range(begin, stop, TILE, num_stages=STAGES):
         seen, slot = _slots(lane_ptr, tile, length, TILE, WINDOW)
-        k, v = _load(k_ptr, v_ptr, slot, seen, kv_head, KV_HEADS, DIM, DIM_PAD)
+        k, v = _load(k_ptr, v_ptr, slot, kv_head, KV_HEADS, DIM, DIM_PAD)
         k_scale = seen
         v_scale = seen
         if SCALES == 1:
-            k_scale, v_scale = scales_of(scales_ptr, slot, seen, kv_head, KV_HEADS, DIM_PAD, 1)
+            k_scale, v_scale = scales_of(scales_ptr, slot, every, kv_head, KV_HEADS, DIM_PAD, 1)
             k, v = widened(k, q.dtype), widened(v, q.dtype)
         else:
             k, v = from_8_bits(
-                k, v, scales_ptr, slot, seen, kv_head, KV_HEADS, DIM_PAD, TILE, SCALES, q.dtype
+                k, v, scales_ptr, slot, every, kv_head, KV_HEADS, DIM_PAD, TILE, SCALES, q.dtype
             )
         score = tl.sum(k.to(tl.float32) * wide, axis=1)
         if SCALES == 1:
@@ -278,12 +308,15 @@ def _attend_one(
 
 @triton.jit
 def _slots(lane_ptr, tile, length, TILE: tl.constexpr, WINDOW: tl.constexpr):
-    """Which of a tile's positions the row sees, and their slots."""
+    """Which of a tile's positions the row sees, and their slots; for the others that of the nearest
+    one it sees, so that loads need no masks, and unread slots, which may hold NaN, stay unread."""
     position = tile + tl.arange(0, TILE)
     seen = position < length
+    nearest = tl.minimum(position, length - 1)
     if WINDOW:
         seen = seen & (position >= length - WINDOW)
-    return seen, tl.load(lane_ptr + position, mask=seen, other=0).to(tl.int64)
+        nearest = tl.maximum(nearest, length - WINDOW)
+    return seen, tl.load(lane_ptr + nearest).to(tl.int64)
 
 
 @triton.jit
@@ -291,7 +324,6 @@ def _load(
     k_ptr,
     v_ptr,
     slot,
-    seen,
     kv_head,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -300,11 +332,11 @@ def _load(
     """K and V of slots, [.., DIM_PAD]."""
     dim = tl.arange(0, DIM_PAD)
     offset = slot[:, None] * (KV_HEADS * DIM) + dim[None, :]
-    # unread slots may hold NaN, and 0 * NaN would spoil the sum: they are masked out
     if DIM == DIM_PAD:
-        live = seen[:, None]
+        k = tl.load(k_ptr + kv_head * DIM + offset)
+        v = tl.load(v_ptr + kv_head * DIM + offset)
     else:
-        live = seen[:, None] & (dim < DIM)[None, :]
-    k = tl.load(k_ptr + kv_head * DIM + offset, mask=live, other=0.0)
-    v = tl.load(v_ptr + kv_head * DIM + offset, mask=live, other=0.0)
+        live = (dim < DIM)[None, :]
+        k = tl.load(k_ptr + kv_head * DIM + offset, mask=live, other=0.0)
+        v = tl.load(v_ptr + kv_head * DIM + offset, mask=live, other=0.0)
     return k, v

@@ -236,6 +236,43 @@ def halves(x, KIND: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr):
     return low, high
 
 
+@triton.jit
+def float16_halves(x, KIND: tl.constexpr, ASM: tl.constexpr):
+    """``halves`` as float16. For e4m3 a GPU has an instruction from capability 8.9 on, which those
+    have that serve K/V in it."""
+    if ASM and KIND == 2:
+        low, high = tl.inline_asm_elementwise(
+            """{ .reg .b32 t; .reg .b16 a, b; prmt.b32 t, $2, 0, 0x3120; mov.b32 {a, b}, t;
+            cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }""",
+            "=r,=r,r",
+            [x],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        low, high = halves(x, KIND, ASM, tl.float16)
+    return low, high
+
+
+@triton.jit
+def float16_factor(most):
+    """The power of two that brings float32 ``most`` to the end of float16, and its inverse."""
+    exponent = tl.maximum(most.to(tl.int32, bitcast=True) >> 23, 15)
+    factor = ((268 - exponent) << 23).to(tl.float32, bitcast=True)  # 2^14 by the power of ``most``
+    return factor, ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def by_power(scale):
+    """The logarithm of the power of two below each positive float32 ``scale``, what the scale is
+    by that power, and the power's inverse. Powers below -60, mostly of zeros, count as -60: a
+    row may have others as high as 60 beside them."""
+    power = tl.minimum(tl.maximum((scale.to(tl.int32, bitcast=True) >> 23) - 127, -60), 126)
+    inverse = ((127 - power) << 23).to(tl.float32, bitcast=True)
+    return power.to(tl.float32), scale * inverse, inverse
+
+
 def num_scales(k_cache: Tensor, scales: Tensor | None, dtype: torch.dtype) -> int:
     """How many scales a head has; 0: K/V are in ``dtype``, the type of q.
 

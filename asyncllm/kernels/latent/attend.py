@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from asyncllm.kernels.attention.scores import padded
-from asyncllm.kernels.latent.keys import attend_latents, load_part
+from asyncllm.kernels.latent.keys import attend_latents, latent_sizes, latents_of, load_part
 from asyncllm.kernels.latent.plan import AttendPlan
 from asyncllm.kernels.latent.shared import attend_shared
 from asyncllm.kernels.latent.write import check_cache, read_ref
@@ -62,6 +62,7 @@ def _attend_kernel(
     ROPE_PAD: tl.constexpr,
     TILE: tl.constexpr,
     SCALED: tl.constexpr,
+    ASM: tl.constexpr,
     SHARED: tl.constexpr,
 ):
     # neighbours share a range, so that all but one find its latents in the L2 cache
@@ -121,6 +122,7 @@ def _attend_kernel(
             ROPE_PAD,
             TILE,
             SCALED,
+            ASM,
         )
         if MANY:
             norm = tl.where(norm == 0.0, 1.0, norm)
@@ -296,7 +298,7 @@ def attend(
     Reference: ``attend_ref``. Does not synchronise; safe in CUDA graphs.
     """
     _, num_heads, rank = q.shape
-    rope_dim, config, num_items = turned.shape[2], plan.config, plan.lens.shape[0]
+    config, num_items = plan.config, plan.lens.shape[0]
     check_cache(q, cache, scales)
     _check(q, turned, cache, table, plan, out)
     if num_items == 0:
@@ -309,7 +311,7 @@ def attend(
     _attend_kernel[(plan.num_ranges * plan.blocks,)](
         q,
         turned,
-        cache,
+        latents_of(cache),
         scales,
         table,
         plan.meta,
@@ -335,12 +337,8 @@ def attend(
         BLOCKS=plan.blocks,
         PAIRS=plan.pairs,
         MANY=many,
-        RANK=rank,
-        RANK_PAD=padded(rank),
-        ROPE=rope_dim,
-        ROPE_PAD=padded(rope_dim),
         TILE=config.tile,
-        SCALED=scales is not None,
+        **latent_sizes(q, turned, scales is not None),
         SHARED=shared is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from asyncllm.kernels.attention.kv8 import widened
+from asyncllm.kernels.attention.kv8 import by_power, float16_factor, float16_halves, halves
+from asyncllm.kernels.attention.scores import padded
 from asyncllm.kernels.autotune import tuned
 
 FEW, MANY = 16, 64  # pairs of a block: of one token with few heads, and of everything else
@@ -100,44 +102,65 @@ def attend_latents(
     ROPE_PAD: tl.constexpr,
     TILE: tl.constexpr,
     SCALED: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Sums [PAIRS, RANK_PAD], not divided yet, the highest score of each pair and its norm.
 
-    Latents are those of positions [begin, stop) of ``lane_ptr``, as far as ``length``; a pair sees
-    those up to its ``limit``.
+    Latents are those of positions [begin, stop) of ``lane_ptr``; a pair sees those up to its
+    ``limit``, which is before ``length``. SCALED: they are 8-bit floats, read as int16, whose even
+    and odd channels have products of their own, as in decode over K/V in 8 bits.
     """
+    EACH: tl.constexpr = 2 if SCALED else 1  # numbers in an element of the cache
     token = tl.arange(0, TILE)
-    dim = tl.arange(0, RANK_PAD)
-    turn = tl.arange(0, ROPE_PAD)
+    dim = tl.arange(0, RANK_PAD // EACH)
+    turn = tl.arange(0, ROPE_PAD // EACH)
     best = tl.full([PAIRS], float("-inf"), tl.float32)
     # summed over tokens at the end: one sum across warps instead of one a tile
     norms = tl.zeros([PAIRS, TILE], tl.float32)
-    acc = tl.zeros([PAIRS, RANK_PAD], tl.float32)
+    acc = tl.zeros([PAIRS, RANK_PAD // EACH], tl.float32)
+    row_scale = tl.full([PAIRS, 1], scale_log2, tl.float32)
+    odd, q_odd, turned_odd = acc, q, turned
+    if SCALED:
+        if q.dtype != tl.float32:
+            most = tl.maximum(
+                tl.max(tl.abs(q.to(tl.float32)), axis=1),
+                tl.max(tl.abs(turned.to(tl.float32)), axis=1),
+            )
+            factor, back = float16_factor(most)
+            q = (q.to(tl.float32) * factor[:, None]).to(tl.float16)
+            turned = (turned.to(tl.float32) * factor[:, None]).to(tl.float16)
+            row_scale *= back[:, None]
+        q, q_odd = tl.split(tl.reshape(q, [PAIRS, RANK_PAD // 2, 2]))
+        turned, turned_odd = tl.split(tl.reshape(turned, [PAIRS, ROPE_PAD // 2, 2]))
     for start in range(begin, stop, TILE):
         position = start + token
-        known = position < length
-        slot = tl.load(lane_ptr + position, mask=known, other=0).to(tl.int64)
-        row = cache_ptr + slot * (RANK + ROPE)
-        # unread slots may hold NaN, and 0 * NaN would spoil the sum: they are masked out
+        # behind the last one it is read again: loads need no masks, and unread slots stay unread
+        slot = tl.load(lane_ptr + tl.minimum(position, length - 1)).to(tl.int64)
+        row = cache_ptr + slot * ((RANK + ROPE) // EACH)
         if RANK == RANK_PAD:
-            c = tl.load(row[:, None] + dim[None, :], mask=known[:, None], other=0.0)
+            c = tl.load(row[:, None] + dim[None, :])
         else:
-            inside = known[:, None] & (dim < RANK)[None, :]
-            c = tl.load(row[:, None] + dim[None, :], mask=inside, other=0.0)
+            c = tl.load(row[:, None] + dim[None, :], mask=(dim < RANK // EACH)[None, :], other=0)
         if ROPE == ROPE_PAD:
-            k = tl.load(row[:, None] + (RANK + turn)[None, :], mask=known[:, None], other=0.0)
+            k = tl.load(row[:, None] + (RANK // EACH + turn)[None, :])
         else:
-            inside = known[:, None] & (turn < ROPE)[None, :]
-            k = tl.load(row[:, None] + (RANK + turn)[None, :], mask=inside, other=0.0)
-        by = tl.full([TILE], 1.0, tl.float32)
-        if SCALED:  # 8-bit floats are exact in any of the other types; the scale comes after
-            by = tl.load(scales_ptr + slot, mask=known, other=0.0)
-            c = widened(c, q.dtype)
-            k = widened(k, q.dtype)
-        score = tl.dot(q, tl.trans(c), input_precision="ieee")
-        score = tl.dot(turned, tl.trans(k), score, input_precision="ieee") * scale_log2
+            inside = (turn < ROPE // EACH)[None, :]
+            k = tl.load(row[:, None] + (RANK // EACH + turn)[None, :], mask=inside, other=0)
+        c_odd, k_odd, scale, inverse = c, k, slot, slot
         if SCALED:
-            score = score * by[None, :]
+            scale = tl.load(scales_ptr + slot)
+            c, c_odd = numbers(c, ASM, q.dtype)
+            k, k_odd = numbers(k, ASM, q.dtype)
+        score = tl.dot(q, tl.trans(c), input_precision="ieee")
+        score = tl.dot(turned, tl.trans(k), score, input_precision="ieee")
+        if SCALED:
+            score = tl.dot(q_odd, tl.trans(c_odd), score, input_precision="ieee")
+            score = tl.dot(turned_odd, tl.trans(k_odd), score, input_precision="ieee")
+            score *= scale[None, :]
+        score *= row_scale
+        if SCALED:
+            power, scale, inverse = by_power(scale)
+            score += power[None, :]
         score = tl.where(position[None, :] <= limit[:, None], score, float("-inf"))
         new_best = tl.maximum(best, tl.max(score, axis=1))
         base = new_best
@@ -145,10 +168,42 @@ def attend_latents(
             base = tl.where(new_best == float("-inf"), 0.0, new_best)
         weight = tl.exp2(score - base[:, None])
         shrink = tl.exp2(best - base)
-        norms = norms * shrink[:, None] + weight
         if SCALED:
-            weight = weight * by[None, :]
-        acc = acc * shrink[:, None]
-        acc = tl.dot(weight.to(c.dtype), c, acc, input_precision="ieee")
+            norms = norms * shrink[:, None] + weight * inverse[None, :]
+            weight = (weight * scale[None, :]).to(q.dtype)
+            odd = tl.dot(weight, c_odd, odd * shrink[:, None], input_precision="ieee")
+        else:
+            norms = norms * shrink[:, None] + weight
+        acc = tl.dot(weight.to(q.dtype), c, acc * shrink[:, None], input_precision="ieee")
         best = new_best
+    if SCALED:
+        acc = tl.reshape(tl.join(acc, odd), [PAIRS, RANK_PAD])
     return acc, best, tl.sum(norms, axis=1)
+
+
+@triton.jit
+def numbers(x, ASM: tl.constexpr, dtype: tl.constexpr):
+    """The two 8-bit floats in each of int16 ``x``."""
+    if dtype == tl.float16:
+        low, high = float16_halves(x, 2, ASM)
+    else:
+        low, high = halves(x, 2, ASM, dtype)
+    return low, high
+
+
+def latents_of(cache: Tensor) -> Tensor:
+    """A cache as ``attend_latents`` reads it."""
+    return cache.view(torch.int16) if cache.element_size() == 1 else cache
+
+
+def latent_sizes(q: Tensor, turned: Tensor, scaled: bool) -> dict[str, int | bool]:
+    """Constants of kernels that call ``attend_latents``."""
+    rank, rope_dim = q.shape[2], turned.shape[2]
+    return {
+        "RANK": rank,
+        "RANK_PAD": 2 * padded(rank // 2) if scaled else padded(rank),
+        "ROPE": rope_dim,
+        "ROPE_PAD": 2 * padded(rope_dim // 2) if scaled else padded(rope_dim),
+        "SCALED": scaled,
+        "ASM": q.device.type != "cpu" and q.element_size() == 2,  # the interpreter knows none
+    }

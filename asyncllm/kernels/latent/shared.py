@@ -28,7 +28,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from asyncllm.kernels.attention.scores import padded
 from asyncllm.kernels.attention.shared import group_of
 from asyncllm.kernels.attention.shared_rows import MAX_GROUPS, MEMBERS, SharedRows
 from asyncllm.kernels.autotune import num_sms
@@ -38,6 +37,8 @@ from asyncllm.kernels.latent.keys import (
     attend_config,
     attend_latents,
     heads_of_block,
+    latent_sizes,
+    latents_of,
     load_part,
 )
 
@@ -143,6 +144,7 @@ def _shared_latents_kernel(
     ROPE_PAD: tl.constexpr,
     TILE: tl.constexpr,
     SCALED: tl.constexpr,
+    ASM: tl.constexpr,
     MIN_TILES: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
@@ -191,6 +193,7 @@ def _shared_latents_kernel(
             ROPE_PAD,
             TILE,
             SCALED,
+            ASM,
         )
         place = tl.max(tl.where(passed, block_ends, 0), axis=0) + block + program
         piece = (place * ROWS + pair // BLOCK_HEADS).to(tl.int64) * HEADS + head
@@ -273,12 +276,12 @@ def attend_shared(
 ) -> None:
     """Leaves the groups' partial results in the plan; arguments as ``attend`` has checked them."""
     config, rows = plan.config, plan.rows
-    _, num_heads, rank = q.shape
+    num_heads = q.shape[1]
     blocks = -(-num_heads // plan.block_heads)
     _shared_latents_kernel[(plan.num_ranges * blocks,)](
         q,
         turned,
-        cache,
+        latents_of(cache),
         scales,
         table,
         lanes,
@@ -297,12 +300,8 @@ def attend_shared(
         BLOCK_HEADS=plan.block_heads,
         BLOCKS=blocks,
         PAIRS=MANY,
-        RANK=rank,
-        RANK_PAD=padded(rank),
-        ROPE=turned.shape[2],
-        ROPE_PAD=padded(turned.shape[2]),
         TILE=config.tile,
-        SCALED=scales is not None,
+        **latent_sizes(q, turned, scales is not None),
         MIN_TILES=MIN_TILES,
         GROUPS=MAX_GROUPS,
         num_warps=config.num_warps,
