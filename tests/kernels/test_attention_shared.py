@@ -125,8 +125,9 @@ def test_every_format_and_shape(
     if bits:
         case = in_8_bits(case, *bits)
     options = {"scale": 0.3, "softcap": softcap}
+    shared = on_device(NESTED)
     with no_sync():
-        got = decode_attention(**case, **options, shared=on_device(NESTED))
+        got = decode_attention(**case, **options, shared=shared)
     assert_close("out", decode_attention_ref(**case, **options), got)
 
 

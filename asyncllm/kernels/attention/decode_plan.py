@@ -67,10 +67,11 @@ _CONFIGS = {
     128: DecodeConfig(64, 4, 4, 3),
     256: DecodeConfig(32, 4, 4, 2),
 }
-# the same over K/V in 8 bits: half the bytes are in flight for each program, so there are more
+# the same over K/V in 8 bits: half the bytes are in flight for each program, so there are more; of
+# one warp, since instructions set the time and warps that wait for one another issue none
 _EIGHT_BITS = {
     64: DecodeConfig(128, 4, 4, 4),
-    128: DecodeConfig(64, 4, 4, 4),
+    128: DecodeConfig(64, 1, 4, 8),
     256: DecodeConfig(32, 4, 4, 3),
 }
 # the same for one query head a program, which keeps sums for each place of a tile: one warp each,
