@@ -9,7 +9,7 @@ AsyncllmError
 │   └── Mismatch            processes that cannot belong to the same server
 └── FatalError              this rank cannot continue: exit code 1
     ├── ActorCrashed        a vital actor raised
-        ├── PeerLost            another rank died or stopped reading
+    ├── PeerLost            another rank died or stopped reading
     └── PlanOutOfOrder      a step plan went missing on its way to a follower
 """
 

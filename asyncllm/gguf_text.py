@@ -59,7 +59,7 @@ def tokenizer_files(file: GgufFile) -> dict[str, FileContent]:
     """Contents of tokenizer.json, tokenizer_config.json and generation_config.json.
 
     Raises:
-                StartupError: the file has no tokenizer, or an unsupported kind.
+        StartupError: the file has no tokenizer, or an unsupported kind.
     """
     meta = file.meta
     tokens, kinds = _tokens(file)

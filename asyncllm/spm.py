@@ -32,7 +32,7 @@ _PROBES = (
 def read_sentencepiece(file: Path) -> tuple[Tokenizer, dict[str, str]]:
     """The tokenizer of a tokenizer.model, and the text of its named special tokens.
 
-        If the conversion splits a text differently from sentencepiece, a warning is logged.
+    If the conversion splits a text differently from sentencepiece, a warning is logged.
 
     Raises:
         StartupError: a library is missing, or the file is not a SentencePiece model.

@@ -28,7 +28,7 @@ _NOT_STRUCTURE: Final = bytes(set(range(256)) - set(_STRUCTURE))
 _DIGITS: Final = bytes(ord("1") if byte in b"0123456789" else ord(" ") for byte in range(256))
 _LONG: Final = b"1" * (MAX_DIGITS + 1)
 # what could be a number beyond double precision, which json reads as infinity
-_MAY_BE_HUGE: Final = re.compile(rb"[eE]\+?[0-9]{3}|[0-9]{300}")
+_MAY_BE_HUGE: Final = re.compile(rb"[eE]\+?[0-9]{3}|(?<![0-9])[0-9]{300}")
 _STEP: Final = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
