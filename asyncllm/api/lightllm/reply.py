@@ -35,8 +35,8 @@ class NativeReply(Reply):
                 self._held = i, before + text
             return b""
         first = choice.num_tokens - count
-        texts = choice.pieces[first:]
-        if "".join(texts) != text:  # bytes of a character over several tokens, or a stop string
+        texts = choice.pieces[first:] if count > 1 else [text]
+        if count > 1 and "".join(texts) != text:  # of a character, or a stop string held back
             texts = [""] * (count - 1) + [text]
         out = b""
         for i, part in enumerate(texts, first):
@@ -149,9 +149,10 @@ class NativeReply(Reply):
         assert logprob is not None
         vocab, number, score = self.answer.vocab, b"%d" % token, repr(logprob).encode()
         special = b"true" if token in vocab.special else b"false"
-        own = number, sse.escaped(text), score, special, b"%d" % count
-        name = sse.escaped(vocab.text(token))
-        return self._template.fill(*own, b'"%d"' % token, score, name)
+        shown, name = sse.escaped(text), vocab.text(token)
+        own = number, shown, score, special, b"%d" % count
+        named = shown if name == text else sse.escaped(name)
+        return self._template.fill(*own, b'"%d"' % token, score, named)
 
     def _value(self, choice: Choice, own: Sequence[Any], scored: Any) -> dict[str, object]:
         """The JSON of an event; ``own`` are the values of TOKEN."""
