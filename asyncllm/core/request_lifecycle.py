@@ -160,7 +160,8 @@ class RequestLifecycle:
             req.grow(req.constraint.uncounted())
         num = len(req.outputs)
         stops = token in req.end_ids and num > req.params.min_new_tokens
-        stops |= whole and token in self.eos_ids
+        if whole:
+            stops |= token in self.eos_ids
         emitted.rids.append(req.rid)
         emitted.tokens.append(token)
         emitted.ends.append(stops)

@@ -364,15 +364,18 @@ class SchedulerCore(DraftScheduler):
 
     def _plan(self, rows: list[Row], granted: SlotsGranted) -> Step | None:
         """A step of these rows; None: none is left."""
-        num = 0  # the first ones, which decode and are live, are planned together
+        starts: list[int] = []  # of the first ones, which decode and are live: planned together
         for (_, lane, _), count in zip(rows, granted.counts, strict=True):
-            if count != 1 or lane.over or lane.planned < lane.fill_len:
+            start = lane.planned
+            if count != 1 or lane.over or start < lane.fill_len:
                 break
-            num += 1
+            starts.append(start)
+            lane.planned = start + 1
+        num = len(starts)
         singles, others = self._live(rows, granted, num)
         if not (num or singles or others):
             return None
-        step = self._plan_decode(rows[:num], granted, num + len(singles))
+        step = self._plan_decode(rows[:num], starts, granted, num + len(singles))
         for row, hit, count, part in singles + others:
             (req, lane, _), slots = row, granted.slots[part]
             if req.leaves_at < MAX_COUNT:
@@ -386,12 +389,11 @@ class SchedulerCore(DraftScheduler):
             self._plan_row(step, row, hit, count)
         return step
 
-    def _plan_decode(self, rows: list[Row], granted: SlotsGranted, num_decode: int) -> Step:
+    def _plan_decode(
+        self, rows: list[Row], starts: list[int], granted: SlotsGranted, num_decode: int
+    ) -> Step:
         """A step whose first rows are these, which decode; ``num_decode`` will have one token."""
-        num, starts = len(rows), []
-        for _, lane, _ in rows:
-            starts.append(lane.planned)
-            lane.planned += 1
+        num = len(rows)
         plan = StepPlan(
             step=self.steps + 1,
             num_decode=num_decode,
@@ -411,9 +413,9 @@ class SchedulerCore(DraftScheduler):
         else:
             for start, (req, lane, _) in zip(starts, rows, strict=True):
                 plan.tokens.append(self._input(step, req, lane, start))
-        for i, (start, (req, lane, _)) in enumerate(zip(starts, rows, strict=True)):
+        for i, (req, lane, _) in enumerate(rows):
             if req.constraint is not None:
-                step.constrain(i, req, lane, start + 1)
+                step.constrain(i, req, lane, starts[i] + 1)
         return step
 
     def _live(

@@ -182,6 +182,8 @@ class Ledger:
     ) -> int:
         """Number of leading rows that want one slot for an open lane and can get it."""
         num, room = 0, self._room
+        if not opened and counts.count(1) == len(counts):
+            return min(len(counts), room)
         for lane, count in zip(lanes, counts, strict=True):
             if count != 1 or num == room or lane in opened:
                 break
