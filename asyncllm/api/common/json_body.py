@@ -8,7 +8,6 @@ knows no field.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from math import isinf
@@ -27,8 +26,11 @@ _STRUCTURE: Final = b"[]{},"
 _NOT_STRUCTURE: Final = bytes(set(range(256)) - set(_STRUCTURE))
 _DIGITS: Final = bytes(ord("1") if byte in b"0123456789" else ord(" ") for byte in range(256))
 _LONG: Final = b"1" * (MAX_DIGITS + 1)
-# what could be a number beyond double precision, which json reads as infinity
-_MAY_BE_HUGE: Final = re.compile(rb"[eE]\+?[0-9]{3}|(?<![0-9])[0-9]{300}")
+# what may be in a number beyond double precision, which json reads as infinity
+_HUGE: Final = (b"e111", b"e+111", b"1" * 300)
+_NUMERIC: Final = bytes(
+    dict(zip(b"eE+", b"ee+", strict=True)).get(byte, _DIGITS[byte]) for byte in range(256)
+)
 _STEP: Final = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
@@ -50,7 +52,8 @@ def load(raw: bytes, max_values: int = MIN_VALUES) -> dict[str, object]:
     try:
         # JSON is UTF-8; given bytes, json.loads would try UTF-16 and UTF-32 too, which
         # _check cannot read
-        read_float = _finite if _MAY_BE_HUGE.search(raw) else None
+        numeric = raw.translate(_NUMERIC)
+        read_float = _finite if any(each in numeric for each in _HUGE) else None
         value = json.loads(
             raw.decode("utf-8-sig"), parse_constant=_no_constant, parse_float=read_float
         )
