@@ -72,6 +72,7 @@ BROAD_ALLOWED = {  # supervision: whatever an actor, a step or a request raises 
     "actors/kv_thread.py": {"BaseException"},
     "actors/runner.py": {"BaseException"},
     "actors/http.py": {"Exception"},
+    "actors/frontend.py": {"Exception"},
     "engine/kernel_recording.py": {
         "Exception"
     },  # in its process: whatever compiling one kernel raises

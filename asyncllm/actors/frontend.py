@@ -6,7 +6,6 @@ Knows rids, admission, deltas and sockets; routes are in :mod:`asyncllm.actors.h
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
 from array import array
@@ -24,9 +23,10 @@ from asyncllm.actors.connection import HttpListeners
 from asyncllm.actors.exchange import ChunkedWriter, Exchange, resolve
 from asyncllm.actors.frontend_settings import ClusterSettings, FrontendLimits, KnownMasters
 from asyncllm.actors.http import HttpRoutes
+from asyncllm.actors.queries import Queries
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import Answer, Choice, Reply, Vocab
-from asyncllm.api.common.errors import Cancelled, NotServing, from_failure
+from asyncllm.api.common.errors import Cancelled, NotServing, ServerFault, from_failure
 from asyncllm.api.common.request import GenerationRequest, ServedModel
 from asyncllm.api.common.validation import MAX_SEED
 from asyncllm.core.admission import Admission
@@ -115,7 +115,7 @@ class Frontend(Actor[Inbox]):
         self._by_rid: dict[int, tuple[Exchange, Choice]] = {}
         self._dirty: deque[Exchange] = deque()  # with something to write
         self._flush_waits = False
-        self._queries: dict[int, asyncio.Future[Reported]] = {}
+        self._queries: Queries[Reported] = Queries(self.limits.query_s)
         self._admission = Admission(
             max_running=self.limits.max_running, max_waiting=self.limits.max_waiting
         )
@@ -137,14 +137,10 @@ class Frontend(Actor[Inbox]):
             match msg:
                 case TokenTexts():
                     self._take_tokens(msg)
-                case TextDelta():
-                    self._delta(msg)
-                case Finished():
-                    self._finished(msg)
-                case Accepted():
-                    self._accepted(msg)
+                case TextDelta() | Finished() | Accepted():
+                    self._of_request(msg)
                 case TokensCounted() | Scraped() | NodesAnswer():
-                    self._answered(msg.query, msg)
+                    self._queries.answered(msg.query, msg)
                 case MasterList(masters, away):
                     self.others.masters, self.others.away = masters, away
                 case Serving(lacks):
@@ -181,8 +177,7 @@ class Frontend(Actor[Inbox]):
             self._fail(exchange, error)
         while self._dirty:
             self._write(self._dirty.popleft())
-        for future in self._queries.values():
-            future.cancel()
+        self._queries.cancel()
         if self._listeners is not None:
             await self._listeners.close()
 
@@ -309,15 +304,15 @@ class Frontend(Actor[Inbox]):
             RequestError: 400, it is too long, or the template refuses the chat. ServerBusy: 429.
             NotServing: 503.
         """
-        query, future = self._query()
+        query = self._queries.new()
         try:
             self._tokenizer.tell(
                 CountTokens(query, text, add_special_tokens, chat=chat, client=client)
             )
         except MailboxFull:
-            del self._queries[query]
+            self._queries.forget(query)
             raise ServerBusy("the tokenizer is behind; try again later") from None
-        counted = await self._wait(query, future, "the tokenizer")
+        counted = await self._queries.answer_to(query, "the tokenizer")
         assert isinstance(counted, TokensCounted), counted
         if counted.failure is not None:
             error = from_failure(counted.failure)
@@ -335,17 +330,17 @@ class Frontend(Actor[Inbox]):
 
     async def scrape(self) -> Scraped:
         """State of the whole server. Raises NotServing (503) on timeout."""
-        query, future = self._query()
+        query = self._queries.new()
         self._watchdog.tell(Scrape(query, self.system.endpoint), urgent=True)
-        answer = await self._wait(query, future, "the watchdog")
+        answer = await self._queries.answer_to(query, "the watchdog")
         assert isinstance(answer, Scraped), answer
         return answer
 
     async def nodes(self) -> bytes:
         """A master's nodes, as JSON. Raises NotServing (503) on timeout."""
-        query, future = self._query()
+        query = self._queries.new()
         self._place.tell(AskNodes(query, self.system.endpoint), urgent=True)
-        answer = await self._wait(query, future, "the director")
+        answer = await self._queries.answer_to(query, "the director")
         assert isinstance(answer, NodesAnswer), answer
         return answer.body
 
@@ -401,11 +396,27 @@ class Frontend(Actor[Inbox]):
             )
         )
 
-    def _accepted(self, msg: Accepted) -> None:
-        found = self._by_rid.get(msg.rid)
-        if found is None:
-            return
-        exchange, choice = found
+    def _of_request(self, msg: Accepted | TextDelta | Finished) -> None:
+        """Take in what concerns one request; a fault in its answer costs no other one."""
+        if (found := self._by_rid.get(msg.rid)) is None:
+            return  # aborted; who sent it did not know yet
+        try:
+            match msg:
+                case Accepted():
+                    self._accepted(*found, msg)
+                case TextDelta():
+                    self._delta(*found, msg)
+                case Finished():
+                    self._finished(*found, msg)
+        except Exception:
+            self._broken(found[0])
+
+    def _broken(self, exchange: Exchange) -> None:
+        """End a request whose answer could not be rendered; call where that is caught."""
+        log.exception("request %s: rendering its answer failed", exchange.answer.id)
+        self._fail(exchange, ServerFault("the server failed on this request; see its log"))
+
+    def _accepted(self, exchange: Exchange, choice: Choice, msg: Accepted) -> None:
         exchange.answer.accept(choice.prompt_idx, msg.prompt, msg.thoughts, msg.cut)
         exchange.unaccepted.discard(msg.rid)
         if not exchange.unaccepted:
@@ -423,16 +434,15 @@ class Frontend(Actor[Inbox]):
             if not choice.num_tokens:
                 self._admission.begin(exchange.client)
                 exchange.first_at = exchange.first_at or now
-            choice.take_token(token, text, logprob)
             exchange.last_at = now
-            if exchange.streams:
-                self._render(exchange, exchange.reply.piece(choice, text, 1))
+            try:
+                choice.take_token(token, text, logprob)
+                if exchange.streams:
+                    self._render(exchange, exchange.reply.piece(choice, text, 1))
+            except Exception:
+                self._broken(exchange)
 
-    def _delta(self, msg: TextDelta) -> None:
-        found = self._by_rid.get(msg.rid)
-        if found is None:
-            return
-        exchange, choice = found
+    def _delta(self, exchange: Exchange, choice: Choice, msg: TextDelta) -> None:
         if msg.ids and not choice.num_tokens:
             self._admission.begin(exchange.client)
         choice.take(msg)
@@ -442,11 +452,7 @@ class Frontend(Actor[Inbox]):
         if exchange.streams:
             self._render(exchange, exchange.reply.piece(choice, msg.text, len(msg.ids)))
 
-    def _finished(self, msg: Finished) -> None:
-        found = self._by_rid.get(msg.rid)
-        if found is None:
-            return
-        exchange, choice = found
+    def _finished(self, exchange: Exchange, choice: Choice, msg: Finished) -> None:
         reason, failure = msg.reason, msg.failure
         if failure is not None:
             self._fail(exchange, from_failure(failure))
@@ -566,26 +572,6 @@ class Frontend(Actor[Inbox]):
             exchange.written_at = monotonic()
             rest = most
         self._watch(exchange, rest)
-
-    def _query(self) -> tuple[int, asyncio.Future[Reported]]:
-        self._counter += 1
-        future: asyncio.Future[Reported] = self.system.loop.create_future()
-        self._queries[self._counter] = future
-        return self._counter, future
-
-    def _answered(self, query: int, value: Reported) -> None:
-        future = self._queries.get(query)
-        if future is not None and not future.done():
-            future.set_result(value)
-
-    async def _wait(self, query: int, future: asyncio.Future[Reported], who: str) -> Reported:
-        try:
-            done, _ = await asyncio.wait((future,), timeout=self.limits.query_s)
-        finally:
-            del self._queries[query]
-        if not done or future.cancelled():
-            raise NotServing(f"{who} did not answer within {self.limits.query_s:g} s")
-        return future.result()
 
     async def _serve(self) -> None:
         """Start serving HTTP."""

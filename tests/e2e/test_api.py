@@ -18,6 +18,7 @@ import pytest
 import uvloop
 
 from asyncllm.api.common import sse
+from asyncllm.api.common.answer import Answer, Choice
 from asyncllm.core.request import FinishReason, SamplingParams
 from asyncllm.messages import (
     FRONTEND_SHIFT,
@@ -844,3 +845,36 @@ def test_streams_survive_clients_that_split_by_unicode_lines(
         assert "one\\u0085two\\u2028three\\u2029four é" in raw
 
     run()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(Answer, "accept"), (Choice, "take_token"), (Choice, "take"), (Choice, "end")],
+)
+def test_a_fault_in_one_answer_costs_no_other(kind: type, name: str) -> None:
+    real = getattr(kind, name)
+
+    def faulty(*args: Any) -> None:
+        real(*args)
+        raise ValueError("a fault of ours")
+
+    @live()
+    async def test(server: Server) -> None:
+        asked = {"prompt": "x", "logprobs": 2 if name == "take" else None}
+        with patch.object(kind, name, faulty):
+            status, told = await server.post(COMPLETIONS, asked)
+            assert (status, told["error"]["code"]) == (500, "internal_error")
+            if kind is Choice:
+                server.model.holds = True
+                stream = asyncio.create_task(server.stream(COMPLETIONS, asked | {"stream": True}))
+                await server.model.until(lambda: len(server.model.asked) == 2)
+                server.model.accept(server.model.asked[1])
+                while not all(each.pipe for each in server.front._exchanges):  # noqa: ASYNC110
+                    await asyncio.sleep(0)  # the headers are not out yet
+                server.model.holds = False
+                server.model.answer(server.model.asked[1])
+                assert b'"code":"internal_error"' in await stream
+        assert server.front.holds() == "0 requests, 0 choices"
+        assert (await server.post(COMPLETIONS, asked))[0] == 200
+
+    test()
