@@ -6,7 +6,7 @@ device runs at once, the inputs are divided among programs. Owns tiles and that 
 know how numbers were quantised.
 """
 
-# mypy: allow-incomplete-defs
+# mypy: allow-incomplete-defs, disable-error-code="possibly-undefined"
 
 from __future__ import annotations
 
@@ -112,6 +112,8 @@ def _eight_bits_kernel(
     steps = tl.cdiv(k_size, BLOCK_K)
     part, parts = tl.program_id(1), tl.num_programs(1)
     begin, end = steps * part // parts, steps * (part + 1) // parts
+    if not BLOCKED:  # asked for now, since it is in no cache
+        weight_scale = tl.load(weight_scale_ptr + n, mask=kept, other=0.0)
     if EARLY:
         rows_at = weight_ptr + tl.minimum(n, n_size - 1).to(tl.int64) * k_size + begin * BLOCK_K
         begun_early(rows_at, (end - begin) * BLOCK_K, EARLY)
@@ -142,14 +144,14 @@ def _eight_bits_kernel(
             # sums of e4m3 products lose bits inside the matrix units: not over more than this many
             acc = tl.dot(weight, x, acc, max_num_imprecise_acc=BLOCK_K)
     made = acc.to(tl.float32)
+    if not BLOCKED:
+        x_scale = tl.load(x_scale_ptr + row, mask=used, other=0.0)
     if SPLIT:
         made, last = gathered(made, partial_ptr, counters_ptr)
     else:
         last = True
     if last:
         if not BLOCKED:
-            x_scale = tl.load(x_scale_ptr + row, mask=used, other=0.0)
-            weight_scale = tl.load(weight_scale_ptr + n, mask=kept, other=0.0)
             made = made * x_scale[None, :] * weight_scale[:, None]
         if BIAS:
             made += tl.load(bias_ptr + n, mask=kept, other=0.0).to(tl.float32)[:, None]
