@@ -194,12 +194,11 @@ def _attend_pairs(
     even = tl.zeros([GROUP_PAD, DIM_PAD // 2], tl.float32)
     odd = tl.zeros([GROUP_PAD, DIM_PAD // 2], tl.float32)
     every = tl.full([TILE], True, tl.int1)
-    row_scale = tl.full([GROUP_PAD, 1], scale_log2, tl.float32)
     if SCALES == 1 and q.dtype != tl.float32:
         wide = q.to(tl.float32)
-        factor, back = float16_factor(tl.max(tl.abs(wide), axis=1))
-        q = (wide * factor[:, None]).to(tl.float16)
-        row_scale *= back[:, None]
+        factor, back = float16_factor(tl.max(tl.abs(wide)))
+        q = (wide * factor).to(tl.float16)
+        scale_log2 *= back
     q_even, q_odd = tl.split(tl.reshape(q, [GROUP_PAD, DIM_PAD // 2, 2]))
     for tile in range(begin, stop, TILE):
         seen, slot = _slots(lane_ptr, tile, length, TILE, WINDOW)
@@ -219,11 +218,11 @@ def _attend_pairs(
         score = tl.dot(q_even, tl.trans(k_even), input_precision="ieee")
         score = tl.dot(q_odd, tl.trans(k_odd), score, input_precision="ieee")
         if SCALES == 1:
-            score *= k_scale[None, :]
-        if CAPPED:
-            score = capped(score, row_scale, cap_log2)
+            score *= (k_scale * scale_log2)[None, :]
         else:
-            score *= row_scale
+            score *= scale_log2
+        if CAPPED:
+            score = capped(score, 1.0, cap_log2)
         inverse = v_scale
         if SCALES == 1:  # weights with their scales' powers of two, so that none leaves float16
             power, v_scale, inverse = by_power(v_scale)
