@@ -91,7 +91,7 @@ class CompileHelper:
     def _start(self) -> None:
         with signals.for_child():
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "asyncllm.server.compile_kernels", str(os.getpid())],
+                [sys.executable, "-m", "asyncllm.server.child", "compile", str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 env=child_environment(OMP_NUM_THREADS="1"),

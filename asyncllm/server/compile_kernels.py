@@ -32,7 +32,7 @@ from asyncllm.models.spec import ModelSpec
 from asyncllm.server import nodes as nodes  # registers rank 0's messages: a ``Boot`` has their hash
 from asyncllm.server.launch import Boot
 from asyncllm.server.loading import engine_of, sizes_of, warm
-from asyncllm.server.signals import die_with_parent, end, leave_to_leader
+from asyncllm.server.signals import die_with_parent
 
 # imported at their first use in steps, those of torch by operators on tensors without memory
 USED_IN_STEPS = (
@@ -96,12 +96,14 @@ def distinct(spec: ModelSpec) -> ModelSpec:
     return replace(spec, layers=spec.layers[:num], mlps=spec.mlps[:num])
 
 
-def main() -> int:
-    """Entry of the helper; its only argument is the parent's pid."""
-    die_with_parent(int(sys.argv[1]))
-    leave_to_leader()
-    for name in USED_IN_STEPS:  # rank 0 still imports what it needs itself
+def import_rest() -> None:
+    """Import what steps will, while rank 0 still imports what it needs itself."""
+    for name in USED_IN_STEPS:
         importlib.import_module(name)
+
+
+def main() -> int:
+    """Do the helper's work and return its exit code."""
     if not (text := sys.stdin.read()):
         return 0
     given = json.loads(text)
@@ -116,7 +118,3 @@ def main() -> int:
     with log.phase(f"compile {len(found)} kernels not cached yet"):
         compile_noted(found, cpu_count(), partial(die_with_parent, os.getpid()))
     return 0
-
-
-if __name__ == "__main__":
-    end(main())

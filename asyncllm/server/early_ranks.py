@@ -29,7 +29,7 @@ def spawn(num_threads: int, fds: Sequence[int], *words: str) -> subprocess.Popen
     """
     with signals.for_child():
         return subprocess.Popen(
-            [sys.executable, "-m", "asyncllm.server.child", *words],
+            [sys.executable, "-m", "asyncllm.server.child", "serve", *words],
             stdin=subprocess.PIPE,
             pass_fds=fds,
             env=child_environment(OMP_NUM_THREADS=str(num_threads)),

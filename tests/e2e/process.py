@@ -72,7 +72,7 @@ class Server:
         """What it logged."""
         return self.log.read_text(errors="replace")
 
-    def children(self, module: str = "asyncllm.server.child") -> list[int]:
+    def children(self, module: str = "asyncllm.server.child serve") -> list[int]:
         """Pids of its child processes that run ``module``, in order of start."""
         path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         pids = sorted(int(pid) for pid in path.read_text().split())
