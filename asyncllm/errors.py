@@ -47,6 +47,17 @@ class RequestError(AsyncllmError):
             self.code = code
 
 
+class RequestFault(RequestError):
+    """The server failed on one request; the client did nothing wrong."""
+
+    status = 500
+    type = "server_error"
+    code = "internal_error"
+
+    def __init__(self) -> None:
+        super().__init__("the server failed on this request; see its log")
+
+
 class PromptTooLong(RequestError):
     code = "context_length_exceeded"
 

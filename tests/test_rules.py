@@ -73,6 +73,7 @@ BROAD_ALLOWED = {  # supervision: whatever an actor, a step or a request raises 
     "actors/runner.py": {"BaseException"},
     "actors/http.py": {"Exception"},
     "actors/frontend.py": {"Exception"},
+    "core/faults.py": {"Exception"},
     "engine/kernel_recording.py": {
         "Exception"
     },  # in its process: whatever compiling one kernel raises

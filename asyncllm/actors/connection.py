@@ -18,8 +18,8 @@ from typing import Any, Final
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 
-from asyncllm.api.common.errors import HeaderTooLarge, ServerFault
-from asyncllm.errors import RequestError
+from asyncllm.api.common.errors import HeaderTooLarge
+from asyncllm.errors import RequestError, RequestFault
 
 BACKLOG: Final = 2048  # connections that wait to be accepted
 LINGER_S: Final = 2.0  # to drain a body after the answer, so that the client can read the answer
@@ -68,7 +68,7 @@ class Connection(web.RequestHandler):
             error = RequestError(f"this is not valid HTTP: {said[:200]}", code="invalid_http")
         else:
             log.error("%s %s failed", request.method, request.path, exc_info=exc)
-            error = ServerFault("the server failed on this request; see its log")
+            error = RequestFault()
         response = self._answer(error)
         response.force_close()
         return response

@@ -26,13 +26,13 @@ from asyncllm.actors.http import HttpRoutes
 from asyncllm.actors.queries import Queries
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import Answer, Choice, Reply, Vocab
-from asyncllm.api.common.errors import Cancelled, NotServing, ServerFault, from_failure
+from asyncllm.api.common.errors import Cancelled, NotServing, from_failure
 from asyncllm.api.common.request import GenerationRequest, ServedModel
 from asyncllm.api.common.validation import MAX_SEED
 from asyncllm.core.admission import Admission
 from asyncllm.core.metrics import REFUSED
 from asyncllm.core.request import FinishReason
-from asyncllm.errors import RequestError, ServerBusy
+from asyncllm.errors import RequestError, RequestFault, ServerBusy
 from asyncllm.messages import (
     FRONTEND_SHIFT,
     Abort,
@@ -414,7 +414,7 @@ class Frontend(Actor[Inbox]):
     def _broken(self, exchange: Exchange) -> None:
         """End a request whose answer could not be rendered; call where that is caught."""
         log.exception("request %s: rendering its answer failed", exchange.answer.id)
-        self._fail(exchange, ServerFault("the server failed on this request; see its log"))
+        self._fail(exchange, RequestFault())
 
     def _accepted(self, exchange: Exchange, choice: Choice, msg: Accepted) -> None:
         exchange.answer.accept(choice.prompt_idx, msg.prompt, msg.thoughts, msg.cut)

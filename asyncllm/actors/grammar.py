@@ -14,6 +14,7 @@ from asyncllm.actors.base import Actor
 from asyncllm.constrain.factory import OFF
 from asyncllm.core.admission import FairQuota
 from asyncllm.core.fair_queue import FairQueue
+from asyncllm.core.faults import contained
 from asyncllm.errors import RequestError, ServerBusy
 from asyncllm.messages import CompileGrammar, GrammarBuilt, GrammarReady
 from asyncllm.records import Failure
@@ -113,7 +114,7 @@ class GrammarCompiler(Actor[Inbox]):
         assert self._builder is not None
         try:
             compiled = await self.system.loop.run_in_executor(
-                self._pool, self._builder.build, kind, text
+                self._pool, contained, self._builder.build, kind, text
             )
         except RequestError as error:
             return GrammarBuilt(kind, text, Failure.of(error))

@@ -44,7 +44,7 @@ from asyncllm.api.tgi import reply as tgi_reply
 from asyncllm.api.tgi import request as tgi
 from asyncllm.api.tgi.reply import TgiReply
 from asyncllm.core.metrics import REFUSED
-from asyncllm.errors import RequestError
+from asyncllm.errors import RequestError, RequestFault
 from asyncllm.plain import JsonObject
 from asyncllm.records import Failure
 
@@ -451,9 +451,7 @@ class HttpRoutes:
             log.exception(
                 "request %s: %s %s failed", request[REQUEST_ID], request.method, request.path
             )
-            return self._error(
-                request, errors.ServerFault("the server failed on this request; see its log")
-            )
+            return self._error(request, RequestFault())
 
     @web.middleware
     async def _admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -23,6 +23,7 @@ from asyncllm.api.parsing.reasoning import prompt_state
 from asyncllm.codec import INT32
 from asyncllm.core.admission import FairQuota
 from asyncllm.core.fair_queue import FairQueue
+from asyncllm.core.faults import contained
 from asyncllm.core.request import FinishReason, SamplingParams
 from asyncllm.core.truncation import encode_ends, shortened
 from asyncllm.errors import PromptTooLong, RequestError, ServerBusy
@@ -275,7 +276,9 @@ class Tokenizer(Actor[Inbox]):
                 rendered = await self._renderer.render(msg.chat)
         except RequestError as error:
             return PromptEncoded(number, failure=Failure.of(error))
-        work = self.system.loop.run_in_executor(self._pool, self._ids, number, msg, rendered)
+        work = self.system.loop.run_in_executor(
+            self._pool, contained, self._ids, number, msg, rendered
+        )
         try:
             async with asyncio.timeout(self._time_limit_s):
                 return await asyncio.shield(work)

@@ -13,6 +13,7 @@ from time import thread_time
 from typing import NamedTuple
 
 from asyncllm.constrain.protocol import NO_PATH, Constraint, Path, ResampleToken, Verdict
+from asyncllm.core.faults import contained
 from asyncllm.core.steps import Request
 from asyncllm.errors import RequestError
 from asyncllm.records import ConstraintDone, Failure
@@ -37,33 +38,40 @@ def work(jobs: Sequence[Job], clock: Callable[[], float] = thread_time) -> list[
     """Runs in a thread: does as much of the jobs as BATCH_S allows, at least one token."""
     done: list[ConstraintDone] = []
     begun = before = clock()
-    for rid, constraint, tokens, ahead, guess in jobs:
+    for job in jobs:
         if before - begun >= BATCH_S:
-            done.append(ConstraintDone(rid, Verdict.UNDONE))
+            done.append(ConstraintDone(job.rid, Verdict.UNDONE))
             continue
-        verdict, num, failure, ahead_s = Verdict.GOES_ON, 0, None, 0.0
+        num, failure, ahead_s = 0, None, 0.0
         try:
-            for token in tokens:
-                if num and clock() - begun >= BATCH_S:
-                    break
-                verdict = Verdict.GOES_ON
-                if token is None:
-                    constraint.start()
-                elif constraint.accept(token):
-                    verdict = Verdict.WHOLE
-                num += 1
-            if ahead and num == len(tokens) and verdict is Verdict.GOES_ON:
-                accepted = clock()
-                constraint.look_ahead(guess, ahead)
-                ahead_s = clock() - accepted
+            verdict, num, ahead_s = contained(_advance, job, clock, begun + BATCH_S)
         except ResampleToken:
             verdict = Verdict.AGAIN
         except RequestError as error:
             verdict, failure = Verdict.REFUSED, Failure.of(error)
         now = clock()
-        done.append(ConstraintDone(rid, verdict, now - before - ahead_s, ahead_s, failure, num))
+        done.append(ConstraintDone(job.rid, verdict, now - before - ahead_s, ahead_s, failure, num))
         before = now
     return done
+
+
+def _advance(job: Job, clock: Callable[[], float], until: float) -> tuple[Verdict, int, float]:
+    """The verdict, how many tokens have been accepted, and the seconds spent on looking ahead."""
+    constraint, verdict, num = job.constraint, Verdict.GOES_ON, 0
+    for token in job.tokens:
+        if num and clock() >= until:
+            break
+        verdict = Verdict.GOES_ON
+        if token is None:
+            constraint.start()
+        elif constraint.accept(token):
+            verdict = Verdict.WHOLE
+        num += 1
+    if not job.ahead or num < len(job.tokens) or verdict is not Verdict.GOES_ON:
+        return verdict, num, 0.0
+    accepted = clock()
+    constraint.look_ahead(job.guess, job.ahead)
+    return verdict, num, clock() - accepted
 
 
 class MaskWorkQueue:

@@ -53,6 +53,8 @@ class FakeBuilder:
             assert self.gates[text].wait(20)
         if text == "bad":
             raise RequestError("it is bad")
+        if text == "fault":
+            raise ZeroDivisionError
         return text
 
     def keep(self, kind: str, text: str, compiled: str) -> None:
@@ -119,6 +121,11 @@ def test_good_bad_and_equal_ones() -> None:
     answers = play(builder, until(4, "a", "a", "bad", "b"))
     assert answers == {0: ("", 0), 1: ("", 0), 2: ("it is bad", 400), 3: ("", 0)}
     assert sorted(builder.built) == ["a", "b", "bad"], "equal ones are built once"
+
+
+def test_a_fault_of_the_builder_is_one_answer() -> None:
+    answers = play(FakeBuilder(), until(2, "fault", "a"))
+    assert answers == {0: ("the server failed on this request; see its log", 500), 1: ("", 0)}
 
 
 def test_a_kept_one_is_not_built() -> None:

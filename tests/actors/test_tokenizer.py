@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -613,6 +614,22 @@ def test_late_encoding_is_answered_at_the_limit_and_keeps_its_thread(
     assert "could not be prepared in 0.05 s" in refusal.failure.detail
     assert (refusal.rid, refusal.failure.status) == (1, 400)
     assert calls_at_refusal[0] == ["slow"]  # one thread, still taken
+    assert [m.rid for _, m in log if isinstance(m, Accepted)] == [2]
+
+
+def test_a_fault_in_encoding_costs_one_prompt(
+    text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(own: ModelTokenizer, said: str, special: bool) -> array[int]:
+        if said == "fault":
+            raise ZeroDivisionError
+        return real(own, said, special)
+
+    real = ModelTokenizer.encode
+    monkeypatch.setattr(ModelTokenizer, "encode", encode)
+    log = play(text, [prompt(1, "fault"), prompt(2, "x")], answers=2)
+    ended = log[0][1]
+    assert (ended.rid, ended.failure.status) == (1, 500)
     assert [m.rid for _, m in log if isinstance(m, Accepted)] == [2]
 
 

@@ -19,7 +19,7 @@ from asyncllm.messages import SlotsGranted
 from asyncllm.records import ConstraintDone
 from tests.core.test_scheduling import add, commit, grant, make, reasons, shape, step
 
-WHOLE, BAD, AGAIN, MARK = 30, 31, 29, 20
+WHOLE, BAD, AGAIN, MARK, FAULT = 30, 31, 29, 20, 28
 
 
 class Slow(Constraint):
@@ -45,6 +45,8 @@ class Slow(Constraint):
             raise RequestError("not that")
         if token == AGAIN:
             raise ResampleToken
+        if token == FAULT:
+            raise ZeroDivisionError
         self.seen.append(token)
         return token == WHOLE
 
@@ -94,6 +96,17 @@ def test_ends_are_known_when_a_thread_has_found_them(token: int, reason: FinishR
     assert reasons(core) == {1: (reason, int(token != BAD))}
     assert len(core.released) == 1
     assert not core.requests
+
+
+def test_a_fault_in_one_constraint_ends_its_request_only() -> None:
+    core = make()
+    ask(core, 1)
+    ask(core, 2)
+    play(core)
+    core.commit(step(core), array("i", [FAULT, 7]))
+    assert play(core) == [(2, [7])]
+    ((rid, failure),) = [(end.rid, end.failure) for end in core.ended]
+    assert (rid, failure and failure.status) == (1, 500)
 
 
 def test_an_abort_while_a_thread_works() -> None:
