@@ -12,9 +12,8 @@ import triton.language as tl
 from asyncllm.kernels.attention.kv8 import (
     by_power,
     float16_factor,
-    float16_halves,
     from_8_bits,
-    halves,
+    kv_halves,
     scales_of,
     spread,
     times,
@@ -203,12 +202,8 @@ def _attend_pairs(
     for tile in range(begin, stop, TILE):
         seen, slot = _slots(lane_ptr, tile, length, TILE, WINDOW)
         k, v = _load(k_ptr, v_ptr, slot, kv_head, KV_HEADS, DIM // 2, DIM_PAD // 2)
-        if q.dtype == tl.float16:
-            k_even, k_odd = float16_halves(k, KIND, ASM)
-            v_even, v_odd = float16_halves(v, KIND, ASM)
-        else:
-            k_even, k_odd = halves(k, KIND, ASM, q.dtype)
-            v_even, v_odd = halves(v, KIND, ASM, q.dtype)
+        k_even, k_odd = kv_halves(k, KIND, ASM, q.dtype)
+        v_even, v_odd = kv_halves(v, KIND, ASM, q.dtype)
         k_scale, v_scale = scales_of(scales_ptr, slot, every, kv_head, KV_HEADS, DIM_PAD, SCALES)
         if SCALES > 1:
             k_scale = spread(k_scale, TILE, DIM_PAD // 8, 4)

@@ -237,10 +237,10 @@ def halves(x, KIND: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def float16_halves(x, KIND: tl.constexpr, ASM: tl.constexpr):
-    """``halves`` as float16. For e4m3 a GPU has an instruction from capability 8.9 on, which those
-    have that serve K/V in it."""
-    if ASM and KIND == 2:
+def kv_halves(x, KIND: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr):
+    """``halves`` of K and V. To make float16 of e4m3, a GPU has an instruction from capability 8.9
+    on, which those have that serve K/V in it."""
+    if ASM and KIND == 2 and dtype == tl.float16:
         low, high = tl.inline_asm_elementwise(
             """{ .reg .b32 t; .reg .b16 a, b; prmt.b32 t, $2, 0, 0x3120; mov.b32 {a, b}, t;
             cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }""",
@@ -251,7 +251,7 @@ def float16_halves(x, KIND: tl.constexpr, ASM: tl.constexpr):
             pack=2,
         )
     else:
-        low, high = halves(x, KIND, ASM, tl.float16)
+        low, high = halves(x, KIND, ASM, dtype)
     return low, high
 
 

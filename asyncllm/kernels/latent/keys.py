@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from asyncllm.kernels.attention.kv8 import by_power, float16_factor, float16_halves, halves
+from asyncllm.kernels.attention.kv8 import by_power, float16_factor, kv_halves
 from asyncllm.kernels.attention.scores import padded
 from asyncllm.kernels.autotune import tuned
 
@@ -149,8 +149,8 @@ def attend_latents(
         c_odd, k_odd, scale, inverse = c, k, slot, slot
         if SCALED:
             scale = tl.load(scales_ptr + slot)
-            c, c_odd = numbers(c, ASM, q.dtype)
-            k, k_odd = numbers(k, ASM, q.dtype)
+            c, c_odd = kv_halves(c, 2, ASM, q.dtype)
+            k, k_odd = kv_halves(k, 2, ASM, q.dtype)
         score = tl.dot(q, tl.trans(c), input_precision="ieee")
         score = tl.dot(turned, tl.trans(k), score, input_precision="ieee")
         if SCALED:
@@ -179,16 +179,6 @@ def attend_latents(
     if SCALED:
         acc = tl.reshape(tl.join(acc, odd), [PAIRS, RANK_PAD])
     return acc, best, tl.sum(norms, axis=1)
-
-
-@triton.jit
-def numbers(x, ASM: tl.constexpr, dtype: tl.constexpr):
-    """The two 8-bit floats in each of int16 ``x``."""
-    if dtype == tl.float16:
-        low, high = float16_halves(x, 2, ASM)
-    else:
-        low, high = halves(x, 2, ASM, dtype)
-    return low, high
 
 
 def latents_of(cache: Tensor) -> Tensor:
