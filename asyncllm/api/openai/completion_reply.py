@@ -138,16 +138,16 @@ class CompletionReply(OpenAIReply):
         logprob: float | None,
         top: list[tuple[int, float]],
     ) -> None:
-        text = self._name
+        own = self._name(token)
         best: dict[str, float | None] = {}
         for other, value in top:
-            name = text(other)
+            name = self._name(other)
             # the text of the token itself is its own, that of several others the best one's
-            if other != token and (name in best or name == text(token)):
+            if other != token and (name in best or name == own):
                 name = f"token_id:{other}"
             best[name] = value
-        best.setdefault(text(token), logprob)
-        out["tokens"].append(text(token))
+        best.setdefault(own, logprob)
+        out["tokens"].append(own)
         out["token_logprobs"].append(logprob)
         out["top_logprobs"].append(best)
         out["text_offset"].append(offset)
