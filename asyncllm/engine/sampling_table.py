@@ -5,7 +5,7 @@ Knows SamplingParams and numpy; does not know tensors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from asyncllm.engine.step_inputs import (
 )
 from asyncllm.messages import StepPlan
 
+BIAS = np.dtype([("token", np.int32), ("value", np.float32)])
 MOST_SCALE = 1e30  # bound of a length penalty, so that its product with a logit is finite
 BAN = -1e30  # below every logit but above -inf, since a constraint may allow nothing else
 
@@ -69,7 +70,10 @@ class OpenLane:
 
     params: SamplingParams
     prompt_len: int
-    known: I32 = field(default_factory=lambda: np.empty(0, np.int32))
+    known: I32
+    # arrays of BIAS: a step has hundreds of rows, and a row may have hundreds of entries
+    biases: NDArray[np.void]
+    bans: NDArray[np.void]  # the same before min_new_tokens, with end tokens banned
 
 
 @dataclass(slots=True)
@@ -88,6 +92,8 @@ class LaneColumns:
     penalized: bool  # some lane has penalties
     biased: bool  # some lane has biases or a least number of tokens
     lengthened: bool  # some lane has a length penalty
+    banned: bytes = b""  # rows of the last batch whose end tokens were banned ...
+    bias: LogitBias[HostColumn] | None = None  # ... and its biases, which depend on no more
 
 
 class SamplingTable:
@@ -129,7 +135,8 @@ class SamplingTable:
         for opened in plan.opened:
             number, p = opened.lane, opened.params
             known = np.frombuffer(opened.known, np.int32)
-            self.lanes[number] = OpenLane(p, opened.prompt_len, known)
+            biases, bans = (self._pairs(p, banned=each) for each in (False, True))
+            self.lanes[number] = OpenLane(p, opened.prompt_len, known, biases, bans)
             self.temperature[number] = p.temperature
             self.top_k[number] = p.top_k if p.top_k > 0 else self._vocab_size
             self.top_p[number], self.min_p[number] = p.top_p, p.min_p
@@ -165,7 +172,7 @@ class SamplingTable:
             uniform=uniform(self.seed[lanes], ends),
             all_greedy=known.all_greedy,
             truncates=known.truncates,
-            bias=self._bias(lanes, ends) if known.biased else None,
+            bias=self._bias(known, lanes, ends) if known.biased else None,
             penalties=self._penalties(lanes, ends) if known.penalized else None,
             lengths=self._lengths(lanes, ends) if known.lengthened else None,
             num_top=known.num_top,
@@ -219,21 +226,22 @@ class SamplingTable:
             penalize_prompt=self.penalize_prompt[lanes].astype(np.int32),
         )
 
-    def _bias(self, lanes: I32, ends: I32) -> LogitBias[HostColumn] | None:
+    def _bias(self, known: LaneColumns, lanes: I32, ends: I32) -> LogitBias[HostColumn] | None:
         """Biases of logit_bias, and bans of end tokens before min_new_tokens."""
         banned = ends - self.prompt_len[lanes] < self.least[lanes]
-        entries = [
-            (row, token, value)
-            for row in map(int, np.flatnonzero(self.biased[lanes] | banned))
-            for token, value in self._pairs(self.lanes[int(lanes[row])].params, bool(banned[row]))
-            if token < self._vocab_size
-        ]
-        if not entries:
-            return None
-        rows, tokens, values = zip(*entries, strict=True)
-        return LogitBias(
-            np.array(rows, np.int32), np.array(tokens, np.int32), np.array(values, np.float32)
-        )
+        if known.banned == (key := banned.tobytes()):
+            return known.bias
+        known.banned, known.bias = key, None
+        rows = np.flatnonzero(self.biased[lanes] | banned).astype(np.int32)
+        entries = []
+        for row in map(int, rows):
+            lane = self.lanes[int(lanes[row])]
+            entries.append(lane.bans if banned[row] else lane.biases)
+        if any(map(len, entries)):
+            every = np.concatenate(entries)
+            rows = np.repeat(rows, [*map(len, entries)])
+            known.bias = LogitBias(rows, every["token"].copy(), every["value"].copy())
+        return known.bias
 
     def _given(self, lanes: I32) -> GivenTokens[HostColumn] | None:
         """Tokens whose log-probabilities are requested by id."""
@@ -246,12 +254,12 @@ class SamplingTable:
             return None
         return GivenTokens(*(np.array(column, np.int32) for column in zip(*entries, strict=True)))
 
-    def _pairs(self, p: SamplingParams, banned: bool) -> list[tuple[int, float]]:
+    def _pairs(self, p: SamplingParams, *, banned: bool) -> NDArray[np.void]:
         pairs = list(p.logit_bias)
         if banned:
             ends = p.stop_token_ids if p.ignore_eos else (*p.stop_token_ids, *self._eos_ids)
             pairs += [(token, BAN) for token in ends]
-        return pairs
+        return np.array([pair for pair in pairs if pair[0] < self._vocab_size], BIAS)
 
     def scores(self, rows: StepRows) -> list[Scored]:
         """Prompt log-probabilities that this step can yield."""

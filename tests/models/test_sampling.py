@@ -20,6 +20,7 @@ from asyncllm.engine.step_inputs import Penalties, unpack
 from asyncllm.messages import StepPlan
 from asyncllm.records import OpenedLane
 from tests.models.harness import Driver, Sequence, make_device
+from tests.speed import quickest
 
 PROBS = [0.4, 0.3, 0.15, 0.1, 0.05]
 DRAWS = 4000
@@ -213,6 +214,32 @@ def test_logit_bias_reaches_the_row() -> None:
         (0, 4, 2.5),
         (0, 7, -100.0),
     ]
+
+
+def test_biases_of_many_rows_take_no_time_and_bans_end_when_they_should() -> None:
+    num, bias = 256, tuple((i, -1.0) for i in range(10, 310))
+    table = SamplingTable(num, 1000, eos_ids=(2,))
+    plan = StepPlan(
+        step=1, num_decode=num, lanes=i32(range(num)), starts=i32([9] * num), counts=i32([1] * num),
+        cached_counts=i32([0] * num), slots=i32(range(num)), tokens=i32([-1] * num),
+        samples=bytearray(b"\1" * num),
+        opened=[
+            OpenedLane(i, 10, SamplingParams(logit_bias=bias, min_new_tokens=2 * (i == 3)), i32([]))
+            for i in range(num)
+        ],
+    )  # fmt: skip
+    table.open(plan)
+
+    def biases(start: int) -> int:
+        rows = unpack(replace(plan, starts=i32([start] * num)), 64)
+        found = table.batch(rows).bias
+        assert found is not None
+        banned = found.rows[found.tokens == 2].tolist()
+        assert banned == ([3] if start < 11 else [])
+        return len(found.rows)
+
+    assert [biases(start) for start in (9, 10, 11, 10)] == [76801, 76801, 76800, 76801]
+    assert quickest(lambda: (biases(10), biases(11)), 0.02) < 0.02
 
 
 @pytest.mark.parametrize("num_top", [3, 5])
