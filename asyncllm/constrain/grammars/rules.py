@@ -5,6 +5,7 @@ Knows neither where rules come from nor the engine but for its notation (Lark's)
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from math import inf
@@ -96,12 +97,17 @@ def finite(rules: Rules, root: str) -> Rules:
         for ref in _refs(rule):
             users[ref].add(name)
     ending: set[str] = set()
-    waiting = list(rules)
-    while waiting:
-        name = waiting.pop()
+    # those that a rule refers to come before it, so that most are looked at once
+    queue = deque(_bottom_up(rules, root))
+    queued = set(queue)
+    while queue:
+        name = queue.popleft()
+        queued.discard(name)
         if name not in ending and ends(rules[name], ending):
             ending.add(name)
-            waiting += users[name]
+            again = users[name] - queued
+            queue += again
+            queued |= again
     if root not in ending:
         return {}
     used: Rules = {}
