@@ -175,7 +175,7 @@ class Detokenizer(Actor[Inbox]):
                 self.scheduler.tell(StopHit(stream.rid, stream.stopped_at), urgent=True)
         if stream.finished is not None:
             del self._streams[stream.rid]
-            self.frontend.tell(stream.ending(stream.finished))
+            self.frontend.tell(stream.ending(stream.finished), urgent=True)
 
 
 class _Stream:

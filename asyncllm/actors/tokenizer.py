@@ -337,7 +337,7 @@ class Tokenizer(Actor[Inbox]):
         if not job.alive:
             del self._jobs[number]
             self._leave_line(number, job)
-        self.frontend.tell(Finished(msg.rid, FinishReason.ABORT))
+        self.frontend.tell(Finished(msg.rid, FinishReason.ABORT), urgent=True)
 
     # -- in a thread of the pool: plain data in and out --------------------------------------------
 
@@ -448,7 +448,7 @@ class Tokenizer(Actor[Inbox]):
         msg = job.msg
         if isinstance(msg, CountTokens):
             self._forget(number, job)
-            self.frontend.tell(TokensCounted(msg.query, ids))
+            self.frontend.tell(TokensCounted(msg.query, ids), urgent=True)
             return
         params = msg.params
         try:
@@ -512,7 +512,7 @@ class Tokenizer(Actor[Inbox]):
                     prediction=job.prediction,
                 )
                 self.scheduler.tell(submit, urgent=True)
-        self.frontend.tell(Accepted(msg.rids[0], ids, thoughts=thoughts, cut=job.cut))
+        self.frontend.tell(Accepted(msg.rids[0], ids, thoughts=thoughts, cut=job.cut), urgent=True)
 
     def _to_heal(self, ids: array[int], params: SamplingParams) -> int:
         """The number of tokens at the end of a text that the output regenerates."""
@@ -573,10 +573,10 @@ class Tokenizer(Actor[Inbox]):
 
     def _refuse(self, job: _PromptJob, failure: Failure) -> None:
         if isinstance(job.msg, CountTokens):
-            self.frontend.tell(TokensCounted(job.msg.query, failure=failure))
+            self.frontend.tell(TokensCounted(job.msg.query, failure=failure), urgent=True)
             return
         # the group's first, unless that one has been aborted
-        self.frontend.tell(Finished(job.alive[0], FinishReason.ERROR, failure))
+        self.frontend.tell(Finished(job.alive[0], FinishReason.ERROR, failure), urgent=True)
 
 
 def _fitted(ids: array[int], keeps: list[tuple[int, int]]) -> tuple[array[int], bool]:

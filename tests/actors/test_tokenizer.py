@@ -62,8 +62,7 @@ class Sink(Actor[Any]):
     def __init__(self, name: str, log: list[tuple[str, Any]], until: Callable[[], bool]) -> None:
         super().__init__(name)
         self.log, self.until = log, until
-        if name != "frontend":
-            self.capacity = 1  # what admission has let in is not refused further on
+        self.capacity = 0  # what admission has let in is not refused further on
 
     def receive(self, batch: list[Any]) -> None:
         self.log.extend((self.name, msg) for msg in batch)
