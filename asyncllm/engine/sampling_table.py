@@ -38,7 +38,7 @@ class SamplingBatch:
     top_k: I32  # vocab_size: all
     top_p: F32
     min_p: F32
-    uniform: F32  # in (0, 1), a function of (seed, position)
+    uniform: F32  # in (0, 1), a function of (seed, position); 0.5 if all rows are greedy
     all_greedy: bool
     truncates: bool  # some row has top_k, top_p or min_p
     bias: LogitBias[HostColumn] | None
@@ -81,6 +81,7 @@ class LaneColumns:
     """What some lanes contribute to a batch whatever the positions of their rows are."""
 
     key: bytes  # the lanes
+    idle: F32  # in the place of random numbers that no row uses
     temperature: F32
     top_k: I32
     top_p: F32
@@ -127,11 +128,13 @@ class SamplingTable:
         self.names_tokens = np.zeros(num_lanes, bool)
         self.lanes: dict[int, OpenLane] = {}
         self._kept: LaneColumns | None = None  # of the last batch, unless lanes have changed
+        self._any_scored = False
 
     def open(self, plan: StepPlan) -> None:
         """Add the lanes that ``plan`` opens."""
-        if plan.opened:
-            self._kept = None
+        if not plan.opened:
+            return
+        self._kept = None
         for opened in plan.opened:
             number, p = opened.lane, opened.params
             known = np.frombuffer(opened.known, np.int32)
@@ -155,6 +158,7 @@ class SamplingTable:
             self.biased[number] = bool(p.logit_bias)
             self.scored[number] = p.prompt_logprobs >= 0
             self.names_tokens[number] = bool(p.logprob_ids)
+        self._any_scored = bool(self.scored.any())
 
     def batch(self, rows: StepRows, masked: bool = False) -> SamplingBatch:
         """Parameters of the rows of a step that sample, in row order."""
@@ -169,7 +173,7 @@ class SamplingTable:
             top_k=known.top_k,
             top_p=known.top_p,
             min_p=known.min_p,
-            uniform=uniform(self.seed[lanes], ends),
+            uniform=known.idle if known.all_greedy else uniform(self.seed[lanes], ends),
             all_greedy=known.all_greedy,
             truncates=known.truncates,
             bias=self._bias(known, lanes, ends) if known.biased else None,
@@ -186,6 +190,7 @@ class SamplingTable:
         truncates = (top_k < self._vocab_size) | (top_p < 1) | (min_p > 0)
         return LaneColumns(
             key=lanes.tobytes(),
+            idle=np.full(len(lanes), 0.5, np.float32),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -263,6 +268,8 @@ class SamplingTable:
 
     def scores(self, rows: StepRows) -> list[Scored]:
         """Prompt log-probabilities that this step can yield."""
+        if not self._any_scored:
+            return []
         out = []
         for row in np.flatnonzero(self.scored[rows.lanes]):
             lane = self.lanes[int(rows.lanes[row])]

@@ -183,7 +183,7 @@ def test_what_is_kept_of_lanes_ends_when_one_is_opened_again_or_others_are_sampl
     second = table.batch(unpack(later, 64))
     assert first.all_greedy
     assert second.all_greedy
-    assert (first.uniform != second.uniform).all()  # positions differ
+    assert [*first.uniform, *second.uniform] == [0.5] * 4
 
     params = SamplingParams(
         temperature=0.5, top_p=0.25, repetition_penalty=2.0, min_new_tokens=60, logprobs=1
@@ -193,6 +193,8 @@ def test_what_is_kept_of_lanes_ends_when_one_is_opened_again_or_others_are_sampl
     third = table.batch(unpack(again, 64))
     assert (third.all_greedy, third.truncates, third.num_top) == (False, True, 1)
     assert third.temperature.tolist() == [0, 0.5]
+    further = table.batch(unpack(replace(again, opened=[], starts=i32([11, 21])), 64))
+    assert (further.uniform != third.uniform).all()  # positions differ
     assert third.penalties is not None
     assert third.penalties.lens.tolist() == [21]
     assert third.bias is not None
