@@ -109,10 +109,9 @@ def _compiles(config: Config) -> bool:
 
 
 def _other_ranks(config: Config) -> int:
-    """How many ranks to start already. Of several nodes none: they inherit the network interface
-    that is found when the nodes meet."""
-    alone = config.nnodes > 1 or config.check or config.run_mode in roles.LISTEN
-    return 0 if alone else config.tp - 1
+    """How many ranks of this node to start already."""
+    alone = config.check or config.run_mode in roles.LISTEN
+    return 0 if alone else config.tp // config.nnodes - 1
 
 
 def _make_cluster_key(name: str) -> int:

@@ -19,7 +19,7 @@ from asyncllm.actors.heartbeats import Heartbeats
 from asyncllm.api.common.defaults import read_defaults
 from asyncllm.config import Config, ResolvedConfig, quantisation, resolve_limits, roles
 from asyncllm.constrain.llguidance_backend import library
-from asyncllm.environment import CUDA_VISIBLE, cache_dir, cuda_visible
+from asyncllm.environment import CUDA_VISIBLE, cache_dir, cuda_visible, use_interface
 from asyncllm.errors import StartupError
 from asyncllm.hub import names_of, resolve_model_dir
 from asyncllm.kernels.autotune import device_facts
@@ -81,10 +81,7 @@ def serve(
         model_dir = resolve_model_dir(config.model_dir, cache_dir(), load_way=load_way)
         spec, text = _read(config, model_dir)
         resolved = resolve(config, spec, model_dir, text)
-        for line in resolved.warnings:
-            logger.warning("%s", line)
-        for note in resolved.notes:
-            logger.info("%s", note)
+        _tell(resolved)
         channel, cluster_host = open_channel(config, stack)
         assignment = _assign_endpoint(config, spec, resolved, model_dir, stack)
         watch.leave = partial(_leave, assignment.wires)
@@ -101,6 +98,7 @@ def serve(
             parent=0,
             store_fd=assignment.store_fd,
             heartbeats_fd=_heartbeats_fd(assignment, early),
+            interface=assignment.interface,
             advertised=assignment.advertised,
             cluster_host=cluster_host,
             incarnation="" if channel is None else channel.info.incarnation,
@@ -114,6 +112,13 @@ def serve(
         status = None if serves else sock
         node = assignment.wires, assignment.node_link, status, channel, ahead, early
         return uvloop.run(Server(boot, spec, text, NodeResources(*node), watch).run())
+
+
+def _tell(resolved: ResolvedConfig) -> None:
+    for line in resolved.warnings:
+        logger.warning("%s", line)
+    for note in resolved.notes:
+        logger.info("%s", note)
 
 
 def _heartbeats_fd(assignment: EndpointAssignment, early: EarlyRanks | None) -> int:
@@ -247,6 +252,8 @@ def child() -> int:
     except StartupError as error:
         sys.stderr.write(f"asyncllm: {error}\n")
         return EXIT_STARTUP
+    if boot.interface:  # this process may have been started before it was known
+        use_interface(boot.interface)
     log.setup(boot.config.log_level, boot.config.log_json, boot.name.replace(" ", ""))
     watch = SignalWatcher(boot.name, leads=False)
     try:

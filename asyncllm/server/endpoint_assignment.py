@@ -38,6 +38,7 @@ class EndpointAssignment:
         store_fd: on rank 0 the listening socket of the rendezvous; -1 elsewhere.
         node_link: to the other nodes; None: there are none.
         advertised: host by which they reach this one.
+        interface: that NCCL and gloo use; "": there is one rank.
     """
 
     endpoint: int
@@ -48,6 +49,13 @@ class EndpointAssignment:
     store_fd: int = -1
     node_link: NodeLink | None = None
     advertised: str = ""
+    interface: str = ""
+
+    def use_interface_to(self, host: str) -> None:
+        """Have NCCL and gloo use the interface towards ``host``; the first call counts."""
+        if not self.interface:
+            self.interface = rendezvous.interface_to(host)
+            use_interface(self.interface)
 
 
 def assign_on_one_node(
@@ -92,7 +100,6 @@ def assign_on_nodes(
         StartupError: nodes do not join, do not match, or cannot be reached.
     """
     keys = cluster_keys(config)
-    use_interface(rendezvous.interface_to(_towards(config)))
     leads = config.node_rank == 0
     host = first_node or config.nccl_host
     own = leads and first_node is None
@@ -103,6 +110,7 @@ def assign_on_nodes(
     assignment = EndpointAssignment(
         endpoint=first, topology=topology, keys=CurveKeys.make(), wires=wires, advertised=advertised
     )
+    assignment.use_interface_to(_towards(config))
     contract = Contract(protocol=protocol(), options=config.digest(), shared=config.shared())
     about = (*facts(config, resolved, model_dir), ("--check", "on" if config.check else "off"))
     join = NodeJoin(node=config.node_rank, host=advertised, contract=contract, facts=about)
@@ -193,10 +201,10 @@ def _open_rendezvous(
     """Open the rendezvous of the ranks: here, or at the config_server, which already listens."""
     if roles.meets_at_config_server(config):
         assignment.rendezvous = config.nccl_host, config.nccl_port
-        use_interface(rendezvous.interface_to(config.nccl_host))
+        assignment.use_interface_to(config.nccl_host)
         return
     meets = stack.enter_context(rendezvous.listen(config))
     host, port = meets.getsockname()[:2]
     assignment.rendezvous = str(host), int(port)
-    use_interface(rendezvous.interface_to(_towards(config)))
+    assignment.use_interface_to(_towards(config))
     assignment.store_fd = os.dup(meets.fileno())  # torch closes the socket that it gets

@@ -54,6 +54,7 @@ class Boot:
     parent: int  # pid; 0 for rank 0
     store_fd: int = -1  # of rank 0: the listening socket behind ``rendezvous``
     heartbeats_fd: int = -1  # see ``Heartbeats``; -1: no other processes
+    interface: str = ""  # that NCCL and gloo use; "": there is one rank
     advertised: str = ""  # host at which other nodes reach this one; "": no other nodes
     cluster_host: str = ""  # host for other servers of the cluster; "": not in a cluster
     incarnation: str = ""  # the id of this server in its cluster; different after each start

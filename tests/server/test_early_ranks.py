@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -98,7 +99,8 @@ def test_http_workers_wait_for_their_boot_while_rank_0_loads(
         ("--tp 4 --dp 2", 3),
         ("", 0),
         ("--tp 4 --check", 0),
-        ("--tp 4 --nnodes 2 --node_rank 1 --nccl_host 10.0.0.1", 0),
+        ("--tp 4 --nnodes 2 --node_rank 1 --nccl_host 10.0.0.1", 1),
+        ("--tp 2 --nnodes 2 --node_rank 1 --nccl_host 10.0.0.1", 0),
         ("--run_mode pd_master", 0),
         ("--run_mode prefill --tp 2 --pd_master_ip 10.0.0.1", 1),
     ],
@@ -113,6 +115,20 @@ def test_one_that_gets_no_boot_ends_silently(
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert rank.child() == 1
     assert capsys.readouterr() == ("", "")
+
+
+def test_one_learns_the_network_interface_with_its_boot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot inherit what rank 0 has found out later."""
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    for name in names:
+        monkeypatch.setenv(name, "")  # restored in the end
+        monkeypatch.delenv(name)
+    given = replace(boot(), interface="lo", model_dir="/nowhere").to_json()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(given))
+    monkeypatch.setattr(rank.log, "setup", lambda *_: None)
+    monkeypatch.setattr(rank, "SignalWatcher", lambda *_, **__: None)
+    assert rank.child() == 2, "there is no model"
+    assert [os.environ[name] for name in names] == ["lo", "=lo"]
 
 
 def test_no_child_inherits_the_api_key(monkeypatch: pytest.MonkeyPatch) -> None:
