@@ -19,12 +19,13 @@ class CompletionReply(OpenAIReply):
 
     def __init__(self, answer: Answer) -> None:
         super().__init__(answer)
+        self._echoes = answer.generation.echo
         self._echoed: set[int] = set()  # choices whose prompt has been sent
         self._told: set[int] = set()  # choices of whose prompt the ids have been sent
 
     def opening(self) -> bytes:
         """The prompts, if echo wants them without log-probabilities."""
-        if not self.answer.generation.echo or self._wants_logprobs:
+        if not self._echoes or self._wants_logprobs:
             return b""
         unsaid = [c for c in self.answer.choices if c.index not in self._echoed]
         return b"".join(self._echo(choice) for choice in unsaid)
@@ -32,7 +33,7 @@ class CompletionReply(OpenAIReply):
     def piece(self, choice: Choice, text: str, count: int) -> bytes:
         """One chunk; with echo and logprobs the prompt's chunk once its scores are complete."""
         out = b""
-        if self.answer.generation.echo and choice.index not in self._echoed:
+        if self._echoes and choice.index not in self._echoed:
             complete = (
                 len(choice.scores.logprobs) >= len(self.answer.prompts[choice.prompt_idx]) - 1
             )
@@ -57,7 +58,7 @@ class CompletionReply(OpenAIReply):
     def end(self, choice: Choice) -> bytes:
         """The chunk with the finish reason, after a prompt that is still to be echoed."""
         out = b""
-        if self.answer.generation.echo and choice.index not in self._echoed:
+        if self._echoes and choice.index not in self._echoed:
             out = self._echo(choice)
         body = {"text": "", "logprobs": None, "finish_reason": finish_reason(choice)}
         return out + sse.event(self._chunk(choice, body))
@@ -68,9 +69,9 @@ class CompletionReply(OpenAIReply):
         for choice in self.answer.choices:
             text, logprobs = choice.text, None
             if self._wants_logprobs:
-                before = self._prompt_logprobs(choice) if self.answer.generation.echo else None
+                before = self._prompt_logprobs(choice) if self._echoes else None
                 logprobs = _joined(before, self._logprobs(choice, 0))
-            if self.answer.generation.echo:
+            if self._echoes:
                 text = self.answer.prompt_text(choice.prompt_idx) + text
             choices.append(
                 {
