@@ -37,20 +37,21 @@ class DraftScheduler(RequestLifecycle):
         if speculation.trying:
             return True
         self._read_texts()
-        chances, num_rows, busy = [], 0, False
-        for req in self.running.values():
-            lane = req.lane
-            assert lane is not None
-            if lane.fill_len <= lane.planned < req.final_len:
-                num_rows += 1
-                busy |= lane.inflight > 0
-                if some := self._chances(req, lane, speculation.most):
-                    chances.append(some)
-        return busy and speculation.waits(chances, num_rows)
+        rows = [
+            (req, lane)
+            for req in self.running.values()
+            if (lane := req.lane) and lane.fill_len <= lane.planned < req.final_len
+        ]
+        if len(rows) >= speculation.most_rows or not any(lane.inflight for _, lane in rows):
+            return False
+        chances = [self._chances(req, lane, speculation.most) for req, lane in rows]
+        return speculation.waits([some for some in chances if some], len(rows))
 
     def _draft(self, speculation: Speculation, rows: list[Row], room: int) -> list[Row]:
         """The rows, which have one token each, followed by those of drafts; at most ``room``
         more."""
+        if min(room, speculation.most_rows - len(rows)) <= 0:
+            return rows
         chances, waits = [], False
         for req, lane, _ in rows:
             known = not req.ahead(lane)
