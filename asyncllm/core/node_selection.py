@@ -108,7 +108,7 @@ class NodeSelector:
 
     def of(self, role: str) -> list[EngineNode]:
         """Nodes that accept requests."""
-        return [n for n in self._nodes.values() if n.role == role and not n.draining]
+        return [n for n in self if n.role == role and not n.draining]
 
     def avoid(self, prefill: int, decode: int, now: float) -> None:
         """A transfer between the two has failed."""
