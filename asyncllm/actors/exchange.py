@@ -7,11 +7,16 @@ transports and event bytes; knows no protocol's JSON.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from time import monotonic
 
+from asyncllm.api.common import sse
 from asyncllm.api.common.answer import REASONS, Answer, Choice, Reply
 from asyncllm.errors import RequestError
+from asyncllm.messages import Accepted, Finished, TextDelta, Tokenize
 from asyncllm.records import AnsweredRequest
+
+News = Accepted | TextDelta | Finished
 
 
 class ChunkedWriter:
@@ -20,10 +25,10 @@ class ChunkedWriter:
     ``chunked`` is False for HTTP/1.0, where the end of the connection ends the body.
     """
 
-    __slots__ = ("_chunked", "_transport")
+    __slots__ = ("_chunked", "_largest", "_transport")
 
     def __init__(self, transport: asyncio.Transport, chunked: bool) -> None:
-        self._transport, self._chunked = transport, chunked
+        self._transport, self._chunked, self._largest = transport, chunked, 0
 
     @property
     def gone(self) -> bool:
@@ -35,8 +40,14 @@ class ChunkedWriter:
         """Bytes that the client has not received yet."""
         return self._transport.get_write_buffer_size()
 
+    @property
+    def behind(self) -> int:
+        """The same beyond the largest write, which itself may take a while on a slow line."""
+        return self.unsent - self._largest
+
     def write(self, data: bytes) -> None:
         """Send a part of the body; not after ``gone``."""
+        self._largest = max(self._largest, len(data))
         if self._chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         self._transport.write(data)
@@ -50,6 +61,8 @@ class Exchange:
     """One generation request over HTTP, from admission to its last byte.
 
     Attributes:
+        aside: a thread renders its next events.
+        tells_prompt: its stream begins with something of each token of a long prompt.
         accepted: resolved when every prompt is accepted or the request has failed.
         done: resolved when the answer is complete (and, streamed, handed to the socket) or failed.
         error: why it failed, if it did.
@@ -71,6 +84,7 @@ class Exchange:
     __slots__ = (
         "accepted",
         "answer",
+        "aside",
         "begun_at",
         "cancelled",
         "client",
@@ -89,6 +103,7 @@ class Exchange:
         "request_id",
         "rids",
         "streams",
+        "tells_prompt",
         "unaccepted",
         "watch",
         "written_at",
@@ -114,6 +129,7 @@ class Exchange:
         self.pending: list[bytes] = []
         self.pipe: ChunkedWriter | None = None
         self.committed = self.ended = self.queued = self.cancelled = False
+        self.aside = self.tells_prompt = False
         self.begun_at = monotonic()
         self.written_at = 0.0
         self.watch: asyncio.TimerHandle | None = None
@@ -138,12 +154,93 @@ class Exchange:
             total_s=monotonic() - self.begun_at,
         )
 
+    def tokenize(self, prompt_idx: int) -> Tokenize:
+        """The message for one prompt, with the rids of its choices."""
+        generation = self.answer.generation
+        prompt, n = generation.prompts[prompt_idx], generation.n
+        options = generation.output_options
+        return Tokenize(
+            rids=tuple(self.rids[prompt_idx * n : (prompt_idx + 1) * n]),
+            text=prompt.text,
+            ids=prompt.ids,
+            chat=prompt.chat,
+            add_special_tokens=generation.add_special_tokens,
+            params=generation.params,
+            shown=() if options is None else options.shown,
+            reasoning="" if options is None else options.reasoning,
+            continued="" if options is None else options.continued,
+            truncate=generation.truncate,
+            usual_max=generation.usual_max,
+            prediction=generation.prediction or "",
+            client=self.client,
+            request_id=self.request_id if self.named else "",
+        )
+
+    def with_held(self, work: Callable[[], bytes]) -> bytes:
+        """The events of ``work``, and those of what the reply holds back after it."""
+        return work() + self.reply.flush_held()
+
     def end(self) -> None:
         """Mark the end: nothing more will be rendered; a stream is done once it is written."""
         self.ended = True
         resolve(self.accepted)
         if not self.streams or not self.committed:
             resolve(self.done)
+
+
+class ExchangesAside:
+    """Exchanges of which a thread renders the next events: what arrives for them waits meanwhile.
+
+    Args:
+        by_rid: where the frontend looks for requests; those of such an exchange are not in it.
+    """
+
+    def __init__(self, by_rid: dict[int, tuple[Exchange, Choice]]) -> None:
+        self._by_rid = by_rid
+        self._late: dict[int, tuple[Exchange, list[News]]] = {}
+
+    def begin(self, exchange: Exchange) -> None:
+        """From now on its messages wait."""
+        late: list[News] = []
+        exchange.aside = True
+        for rid in exchange.live:
+            self._late[rid] = exchange, late
+            del self._by_rid[rid]
+
+    def keep(self, rid: int, news: News) -> None:
+        """News of a request that the frontend does not find: it may have been aborted, too."""
+        if rid in self._late:
+            self._late[rid][1].append(news)
+
+    def end(self, rid: int) -> tuple[Exchange, list[News]] | None:
+        """The exchange of that request, which the frontend finds again, and what has arrived in
+        the meantime; None: it has been aborted."""
+        if (found := self._late.get(rid)) is None:
+            return None
+        exchange, _ = found
+        exchange.aside = False
+        for each, choice in exchange.live.items():
+            del self._late[each]
+            self._by_rid[each] = exchange, choice
+        return found
+
+    def forget(self, rid: int) -> None:
+        """A request has been aborted."""
+        self._late.pop(rid, None)
+
+
+def watch_silence(exchange: Exchange, loop: asyncio.AbstractEventLoop, most_s: float) -> None:
+    """From now on, write a comment whenever the stream has been silent for that long."""
+    pipe = exchange.pipe
+    if pipe is None or pipe.gone or exchange.ended:
+        return
+    rest = exchange.written_at + most_s - monotonic()
+    if rest <= 0:
+        if not pipe.unsent:  # unsent data keeps the connection busy
+            pipe.write(sse.KEEP_ALIVE)
+        exchange.written_at = monotonic()
+        rest = most_s
+    exchange.watch = loop.call_later(rest, watch_silence, exchange, loop, most_s)
 
 
 def resolve(future: asyncio.Future[None]) -> None:

@@ -6,12 +6,14 @@ Knows rids, admission, deltas and sockets; routes are in :mod:`asyncllm.actors.h
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from socket import socket
 from time import monotonic, perf_counter, time
 from typing import assert_never
@@ -20,11 +22,16 @@ from asyncllm import __version__
 from asyncllm.actors.access import Access
 from asyncllm.actors.base import Actor, MailboxFull
 from asyncllm.actors.connection import HttpListeners
-from asyncllm.actors.exchange import ChunkedWriter, Exchange, resolve
+from asyncllm.actors.exchange import (
+    ChunkedWriter,
+    Exchange,
+    ExchangesAside,
+    resolve,
+    watch_silence,
+)
 from asyncllm.actors.frontend_settings import ClusterSettings, FrontendLimits, KnownMasters
 from asyncllm.actors.http import HttpRoutes
 from asyncllm.actors.queries import Queries
-from asyncllm.api.common import sse
 from asyncllm.api.common.answer import Answer, Choice, Reply, Vocab
 from asyncllm.api.common.errors import Cancelled, NotServing, from_failure
 from asyncllm.api.common.request import GenerationRequest, ServedModel
@@ -44,6 +51,7 @@ from asyncllm.messages import (
     CountTokens,
     Drain,
     Drained,
+    EventsRendered,
     Finished,
     GroupRemoved,
     MasterList,
@@ -54,7 +62,6 @@ from asyncllm.messages import (
     Serving,
     Started,
     TextDelta,
-    Tokenize,
     TokensCounted,
     TokenTexts,
 )
@@ -63,7 +70,7 @@ from asyncllm.records import AnsweredRequest
 log = logging.getLogger(__name__)
 
 Reported = TokensCounted | Scraped | NodesAnswer  # answers to this actor's queries
-Changes = Started | Drain | Cancel | Serving | MasterList | GroupRemoved
+Changes = EventsRendered | Started | Drain | Cancel | Serving | MasterList | GroupRemoved
 Inbox = Accepted | TextDelta | TokenTexts | Finished | Reported | Changes
 
 LOOK_EVERY = 4  # streams written between two checks of the clock
@@ -113,6 +120,7 @@ class Frontend(Actor[Inbox]):
         self._counter = 0
         self._exchanges: set[Exchange] = set()
         self._by_rid: dict[int, tuple[Exchange, Choice]] = {}
+        self._aside = ExchangesAside(self._by_rid)
         self._dirty: deque[Exchange] = deque()  # with something to write
         self._flush_waits = False
         self._queries: Queries[Reported] = Queries(self.limits.query_s)
@@ -139,6 +147,8 @@ class Frontend(Actor[Inbox]):
                     self._take_tokens(msg)
                 case TextDelta() | Finished() | Accepted():
                     self._of_request(msg)
+                case EventsRendered():
+                    self._rendered(msg)
                 case TokensCounted() | Scraped() | NodesAnswer():
                     self._queries.answered(msg.query, msg)
                 case MasterList(masters, away):
@@ -246,7 +256,7 @@ class Frontend(Actor[Inbox]):
         self._give_rids(exchange)
         try:
             for i in range(num_prompts):
-                self._tokenize(exchange, i)
+                self._tokenizer.tell(exchange.tokenize(i))
         except MailboxFull:
             self._forget(exchange)
             raise ServerBusy("the tokenizer is behind; try again later") from None
@@ -259,7 +269,7 @@ class Frontend(Actor[Inbox]):
         self._write(exchange)
         speaks = not exchange.answer.generation.native or self.limits.native_keep_alive
         if self.limits.keep_alive_s and speaks:
-            self._watch(exchange, self.limits.keep_alive_s)
+            watch_silence(exchange, self.system.loop, self.limits.keep_alive_s)
 
     def close(self, exchange: Exchange, route: str, status: int) -> None:
         """The handler has ended, for whatever reason: abort unfinished choices, and count."""
@@ -371,35 +381,11 @@ class Frontend(Actor[Inbox]):
         for rid, choice in exchange.live.items():
             self._by_rid[rid] = (exchange, choice)
 
-    def _tokenize(self, exchange: Exchange, prompt_idx: int) -> None:
-        """Send one prompt with the rids of its choices."""
-        generation = exchange.answer.generation
-        prompt, n = generation.prompts[prompt_idx], generation.n
-        rids = exchange.rids[prompt_idx * n : (prompt_idx + 1) * n]
-        options = generation.output_options
-        self._tokenizer.tell(
-            Tokenize(
-                rids=tuple(rids),
-                text=prompt.text,
-                ids=prompt.ids,
-                chat=prompt.chat,
-                add_special_tokens=generation.add_special_tokens,
-                params=generation.params,
-                shown=() if options is None else options.shown,
-                reasoning="" if options is None else options.reasoning,
-                continued="" if options is None else options.continued,
-                truncate=generation.truncate,
-                usual_max=generation.usual_max,
-                prediction=generation.prediction or "",
-                client=exchange.client,
-                request_id=exchange.request_id if exchange.named else "",
-            )
-        )
-
     def _of_request(self, msg: Accepted | TextDelta | Finished) -> None:
         """Take in what concerns one request; a fault in its answer costs no other one."""
         if (found := self._by_rid.get(msg.rid)) is None:
-            return  # aborted; who sent it did not know yet
+            self._aside.keep(msg.rid, msg)  # or aborted, and who sent it did not know yet
+            return
         try:
             match msg:
                 case Accepted():
@@ -421,7 +407,8 @@ class Frontend(Actor[Inbox]):
         exchange.unaccepted.discard(msg.rid)
         if not exchange.unaccepted:
             if exchange.streams:
-                self._render(exchange, exchange.reply.opening())
+                exchange.tells_prompt = exchange.answer.is_long
+                self._render_first(msg.rid, exchange, exchange.reply.opening)
             resolve(exchange.accepted)
 
     def _take_tokens(self, msg: TokenTexts) -> None:
@@ -429,7 +416,8 @@ class Frontend(Actor[Inbox]):
         rows = zip(msg.rids, msg.tokens, msg.texts, msg.logprobs, strict=True)
         for rid, token, text, logprob in rows:
             if (found := by_rid.get(rid)) is None:
-                continue  # aborted; the detokenizer did not know yet
+                self._aside.keep(rid, TextDelta.of_token(rid, token, text, logprob))
+                continue  # or aborted, and the detokenizer did not know yet
             exchange, choice = found
             if not choice.num_tokens:
                 self._admission.begin(exchange.client)
@@ -437,7 +425,10 @@ class Frontend(Actor[Inbox]):
             exchange.last_at = now
             try:
                 choice.take_token(token, text, logprob)
-                if exchange.streams:
+                if exchange.tells_prompt and choice.num_tokens == 1:
+                    piece = partial(exchange.reply.piece, choice, text, 1)
+                    self._render_first(rid, exchange, piece)
+                elif exchange.streams:
                     self._render(exchange, exchange.reply.piece(choice, text, 1))
             except Exception:
                 self._broken(exchange)
@@ -450,7 +441,11 @@ class Frontend(Actor[Inbox]):
             exchange.last_at = monotonic()
             exchange.first_at = exchange.first_at or exchange.last_at
         if exchange.streams:
-            self._render(exchange, exchange.reply.piece(choice, msg.text, len(msg.ids)))
+            piece = partial(exchange.reply.piece, choice, msg.text, len(msg.ids))
+            if choice.num_tokens == len(msg.ids):
+                self._render_first(msg.rid, exchange, piece)
+            else:
+                self._render(exchange, piece())
 
     def _finished(self, exchange: Exchange, choice: Choice, msg: Finished) -> None:
         reason, failure = msg.reason, msg.failure
@@ -493,7 +488,8 @@ class Frontend(Actor[Inbox]):
     def _abort(self, exchange: Exchange) -> None:
         """End every unfinished choice."""
         for rid, choice in exchange.live.items():
-            del self._by_rid[rid]
+            self._by_rid.pop(rid, None)
+            self._aside.forget(rid)
             self._admission.leave(exchange.client, begun=choice.num_tokens > 0, served=False)
         if not self.system.over:
             self._tell_abort(exchange)
@@ -509,6 +505,31 @@ class Frontend(Actor[Inbox]):
         exchange.pipe = None
         if exchange.watch is not None:
             exchange.watch.cancel()
+
+    def _render_first(self, rid: int, exchange: Exchange, work: Callable[[], bytes]) -> None:
+        """Render what may tell of the prompt; the request ``rid`` of the exchange has not ended."""
+        if exchange.tells_prompt:
+            self._aside.begin(exchange)
+            self.spawn(self._render_aside(rid, exchange, work))
+        else:
+            self._render(exchange, work())
+
+    async def _render_aside(
+        self, rid: int, exchange: Exchange, work: Callable[[], bytes]
+    ) -> EventsRendered | None:
+        """In a thread, with the text that the reply holds back after it."""
+        try:
+            return EventsRendered(rid, await asyncio.to_thread(exchange.with_held, work))
+        except Exception:
+            self._broken(exchange)
+            self._flush()
+            return None
+
+    def _rendered(self, msg: EventsRendered) -> None:
+        if (found := self._aside.end(msg.rid)) is not None:
+            exchange, late = found
+            self._render(exchange, msg.events)
+            self.receive([*late])
 
     def _render(self, exchange: Exchange, data: bytes) -> None:
         if data:
@@ -541,12 +562,12 @@ class Frontend(Actor[Inbox]):
         pipe = exchange.pipe
         if pipe is None or pipe.gone:
             return  # before the headers: stream() comes back; gone: the handler is being cancelled
-        if held := exchange.reply.flush_held():
+        if not exchange.aside and (held := exchange.reply.flush_held()):
             exchange.pending.append(held)
         if pending := exchange.pending:
             data = pending[0] if len(pending) == 1 else b"".join(pending)
             pending.clear()
-            if pipe.unsent > self.limits.max_unsent:
+            if pipe.behind > self.limits.max_unsent:
                 log.warning("request %s: client does not read, dropped", exchange.answer.id)
                 self._abort(exchange)
                 exchange.ended = True
@@ -556,22 +577,6 @@ class Frontend(Actor[Inbox]):
             exchange.written_at = monotonic()
         if exchange.ended:
             resolve(exchange.done)
-
-    def _watch(self, exchange: Exchange, delay_s: float) -> None:
-        """Check a stream again when it may have been silent for long enough."""
-        exchange.watch = self.system.loop.call_later(delay_s, self._send_keep_alive, exchange)
-
-    def _send_keep_alive(self, exchange: Exchange) -> None:
-        pipe, most = exchange.pipe, self.limits.keep_alive_s
-        if pipe is None or pipe.gone or exchange.ended or self.system.over:
-            return
-        rest = exchange.written_at + most - monotonic()
-        if rest <= 0:
-            if not pipe.unsent:  # unsent data keeps the connection busy
-                pipe.write(sse.KEEP_ALIVE)
-            exchange.written_at = monotonic()
-            rest = most
-        self._watch(exchange, rest)
 
     async def _serve(self) -> None:
         """Start serving HTTP."""

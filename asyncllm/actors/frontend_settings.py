@@ -21,7 +21,7 @@ class FrontendLimits:
         max_headers: per request; more are answered 431.
         idle_s: seconds after which a connection without a request is closed.
         body_s: seconds for a request body to arrive; slower ones are answered 408.
-        max_unsent: bytes buffered for a slow client; it is dropped beyond that.
+        max_unsent: bytes buffered for a slow client beyond its largest write; it is dropped then.
         keep_alive_s: seconds after which a silent stream gets a comment; 0: never.
         native_keep_alive: also on LightLLM's own routes; some of their clients know no comments.
         flush_s: seconds of writing to streams before yielding to other work.

@@ -44,6 +44,7 @@ from asyncllm.messages.request import Cancel as Cancel
 from asyncllm.messages.request import CompileGrammar as CompileGrammar
 from asyncllm.messages.request import ConstraintsAdvanced as ConstraintsAdvanced
 from asyncllm.messages.request import CountTokens as CountTokens
+from asyncllm.messages.request import EventsRendered as EventsRendered
 from asyncllm.messages.request import Finished as Finished
 from asyncllm.messages.request import FlushStreams as FlushStreams
 from asyncllm.messages.request import GrammarBuilt as GrammarBuilt

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import field
 
-from asyncllm.codec import INT32, Message, message
+from asyncllm.codec import FLOAT32, INT32, Message, message
 from asyncllm.core.request import GRAMMARS, FinishReason, SamplingParams
 from asyncllm.messages.checks import are_below, are_counts, are_natural, is_rid
 from asyncllm.records import ConstraintDone, Failure, KvDestination, Logprobs, int32s
@@ -245,6 +245,13 @@ class TextDelta(Message):
     logprobs: Logprobs | None
     prompt: Logprobs | None  # prompt log-probabilities, once available
 
+    @classmethod
+    def of_token(cls, rid: int, token: int, text: str, logprob: float) -> TextDelta:
+        """The news of a row of ``TokenTexts``."""
+        known = logprob == logprob
+        logprobs = Logprobs(0, array(FLOAT32, [logprob])) if known else None
+        return cls(rid, text, array(INT32, [token]), (text,), logprobs, None)
+
 
 @message(25)
 class TokenTexts(Message):
@@ -258,6 +265,14 @@ class TokenTexts(Message):
     tokens: array[int]
     texts: tuple[str, ...]
     logprobs: array[float]  # of the tokens; NaN: unknown
+
+
+@message(52)
+class EventsRendered(Message):
+    """frontend -> itself: a thread has rendered the next events of the stream of ``rid``."""
+
+    rid: int
+    events: bytes
 
 
 @message(22)
