@@ -127,7 +127,7 @@ class GrammarEngine:
         return made
 
     def __contains__(self, key: tuple[str, str]) -> bool:
-        return key in self._kept
+        return key in self._kept and not self._kept[key].is_full
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -221,8 +221,10 @@ class GrammarEngine:
 
     def keep(self, kind: str, text: str, compiled: CompiledGrammar) -> None:
         """Remember; the one not used for longest goes when there are too many."""
-        if (kind, text) in self._kept:
+        if (kind, text) in self:
             return
+        if (full := self._kept.pop((kind, text), None)) is not None:
+            self._kept_chars -= full.chars
         self._kept[kind, text] = compiled
         self._kept_chars += compiled.chars
         while len(self._kept) > MAX_KEPT or (
@@ -237,34 +239,37 @@ class GrammarEngine:
         Raises:
             ServerBusy: it has been forgotten since it was compiled.
         """
-        if (compiled := self._kept.get((kind, text))) is None:
+        if (compiled := self._kept.get((kind, text))) is None or compiled.is_full:
             raise ServerBusy("the compiled grammar had to make room for others, try again")
         self._kept.move_to_end((kind, text))
         return self._follow(compiled)
 
     def _follow(self, compiled: CompiledGrammar) -> Matcher:
-        return Matcher(compiled.matcher, self._all, self._others, self._spelling)
+        return Matcher(compiled, self._all, self._others, self._spelling)
 
 
 class CompiledGrammar:
-    """A grammar that nobody has followed yet.
+    """A grammar, and the library's matcher at its beginning.
 
     Args:
         chars: its length, as the library reads it.
+
+    Attributes:
+        is_full: all who follow it share the states that outputs have led to, and there are as many
+            as there may be; it must be compiled again.
     """
 
-    __slots__ = ("chars", "matcher")
+    __slots__ = ("chars", "is_full", "matcher")
 
     def __init__(self, matcher: LLMatcher, chars: int) -> None:
-        self.matcher, self.chars = matcher, chars
+        self.matcher, self.chars, self.is_full = matcher, chars, False
 
 
 class Matcher:
     """Follows one output; a :class:`asyncllm.constrain.protocol.Constraint`.
 
     Args:
-        start: the library's, and stays at the beginning; its tokens are the vocabulary and 256
-            bytes.
+        grammar: its matcher stays at the beginning; its tokens are the vocabulary and 256 bytes.
         every, others: all tokens, and all but the end tokens, as bits.
         spelling: knows the bytes of all tokens, for calls.
 
@@ -272,9 +277,11 @@ class Matcher:
     find out takes too much work.
     """
 
-    def __init__(self, start: LLMatcher, every: Bits, others: Bits, spelling: Spelling) -> None:
-        self._start, self._every, self._others = start, every, others
-        self._matcher = start.deep_copy()
+    def __init__(
+        self, grammar: CompiledGrammar, every: Bits, others: Bits, spelling: Spelling
+    ) -> None:
+        self._grammar, self._every, self._others = grammar, every, others
+        self._matcher = grammar.matcher.deep_copy()
         self._spelling = spelling
         self._mask = b""
         self._ahead: _Ahead | None = None
@@ -299,7 +306,7 @@ class Matcher:
 
     def restart(self) -> None:
         """Follow another output, from its beginning."""
-        self._matcher = self._start.deep_copy()  # one that has failed is not to be reset
+        self._matcher = self._grammar.matcher.deep_copy()  # one that has failed is not to be reset
         self._ahead = None
         self._fill(thread_time())
 
@@ -321,7 +328,7 @@ class Matcher:
             self._ahead, self._matcher = None, ahead.here()
         begun = thread_time()
         if not self._matcher.consume_token(token):
-            raise _too_slow(self._matcher) or RequestError(
+            raise self._too_slow(self._matcher) or RequestError(
                 f"token {token} does not continue the output as its grammar wants"
             )
         return self._matcher.is_stopped() or self._fill(begun)
@@ -371,12 +378,21 @@ class Matcher:
         """The next mask, and whether no token but an end can come, and one may."""
         words = np.frombuffer(matcher.compute_bitmask(), np.int32)
         if matcher.is_error():
-            raise _too_slow(matcher) or self._nothing()
+            raise self._too_slow(matcher) or self._nothing()
         bits = words[: len(self._every)] & self._every
         whole = not (bits & self._others).any()
         if whole and not bits.any() and not matcher.is_accepting():
             raise self._nothing()
         return bits.tobytes(), whole
+
+    def _too_slow(self, matcher: LLMatcher) -> TooSlow | None:
+        """The reason why a matcher failed, if that is unbounded work."""
+        reason, error = matcher.stop_reason(), matcher.get_error()
+        if "too many states" in error:
+            self._grammar.is_full = True
+        if reason in ("ParserTooComplex", "LexerTooComplex") or _LIMIT.search(error):
+            return TooSlow(TOO_SLOW)
+        return None
 
     @staticmethod
     def _nothing() -> RequestError:
@@ -512,14 +528,6 @@ def choices(texts: Iterable[str]) -> str:
     """The engine's grammar of one of ``texts``."""
     made = "|".join(regex.raw(regex.literal(text)) for text in texts)
     return f"start: A\nA: /{made}/"
-
-
-def _too_slow(matcher: LLMatcher) -> TooSlow | None:
-    """The reason why a matcher failed, if that is unbounded work."""
-    told = matcher.stop_reason(), matcher.get_error()
-    if told[0] in ("ParserTooComplex", "LexerTooComplex") or _LIMIT.search(told[1]):
-        return TooSlow(TOO_SLOW)
-    return None
 
 
 def _refusal(kind: str, error: str) -> RequestError:

@@ -19,9 +19,10 @@ from asyncllm.api.parsing.events import Tool
 from asyncllm.api.parsing.tools import FORMATS, make_parser, special_tokens
 from asyncllm.api.parsing.tools.call_grammar import CALL_TEXTS, call_forms, spelling
 from asyncllm.constrain import llguidance_backend as engine
-from asyncllm.constrain.llguidance_backend import GrammarEngine, Matcher
+from asyncllm.constrain.llguidance_backend import GrammarEngine, Matcher, TooSlow
 from asyncllm.errors import RequestError, ServerBusy
 from asyncllm.text import ModelTokenizer, load_tokenizer
+from tests.constrain import walks
 
 VOCAB = 49152
 EOS = 2
@@ -318,3 +319,17 @@ def test_parameters_that_cannot_be_enforced_are_refused(grammars: GrammarEngine)
     unique = Tool("f", {"properties": {"a": {"type": "array", "uniqueItems": True}}}, strict=True)
     with pytest.raises(RequestError, match="uniqueItems"):
         grammars.build("calls", call_forms("hermes", [unique]))
+
+
+def test_a_grammar_whose_states_are_used_up_is_compiled_again(monkeypatch: Any) -> None:
+    """Those who follow a grammar share them: one long output would leave none for the next ones."""
+    monkeypatch.setattr(engine, "MAX_STATES", 400)
+    grammars = walks.byte_grammars()
+    key = "schema", '{"type": "string", "pattern": "^(ab|c){0,2000}$"}'
+    at = walks.matcher(grammars, *key)
+    with pytest.raises(TooSlow):
+        list(map(at.accept, b'"' + b"ab" * 1000))
+    assert key not in grammars
+    assert walks.takes(walks.matcher(grammars, *key), '"abc"')
+    assert key in grammars
+    assert len(grammars) == 1
