@@ -237,6 +237,33 @@ def test_strings(grammars: GrammarEngine, schema: Any, good: list[str], bad: lis
 
 
 @pytest.mark.parametrize(
+    ("low", "high"),
+    [(0, 257), (257, 257), (200, 300), (255, 1000), (300, None), (600, 700), (0, 1024)],
+)
+def test_long_strings_are_counted_to_the_character(
+    grammars: GrammarEngine, low: int, high: int | None
+) -> None:
+    told = {"minLength": low} | ({} if high is None else {"maxLength": high})
+    at = matcher(grammars, "schema", json.dumps({"type": "string", **told}))
+    for num in {
+        0,
+        255,
+        256,
+        257,
+        511,
+        512,
+        513,
+        768,
+        low - 1,
+        low,
+        high or 900,
+        (high or 900) + 1,
+    } - {-1}:
+        fits = low <= num <= (num if high is None else high)
+        assert takes(at, f'"{chr(92) * 2 * num}"') == fits, num
+
+
+@pytest.mark.parametrize(
     ("schema", "good", "bad"),
     [({"type": "array", "uniqueItems": False, "items": {"enum": [1]}}, "[1, 1]", "[2]"),
      ({"type": "integer", "multipleOf": 1}, "7", "7.5"), ({"type": "number", "multipleOf": 1.0}, "7", "7.5"),

@@ -17,7 +17,7 @@ from asyncllm.constrain.grammars.rules import Expr, Term, ends, times
 # a character of a string that is held to no pattern: any spelling of one that UTF-8 can hold
 _HALVES: Final = r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 _HEX: Final = r"\\u(?:[0-9abcefABCEF][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2})"
-_FREE: Final = rf'(?:[^"\\\x00-\x1F]|\\["\\\x2Fbfnrt]|{_HEX}|{_HALVES})'
+FREE: Final = rf'(?:[^"\\\x00-\x1F]|\\["\\\x2Fbfnrt]|{_HEX}|{_HALVES})'
 # spelled one way, so that patterns and excluded texts mean what they say
 PLAIN: Final = regex.quoted(regex.ALL)
 NEVER: Final = r"[^\x00-\x{10FFFF}]"
@@ -80,7 +80,7 @@ def string_term(atom: String) -> str:
     """JSON strings; a terminal."""
     count = times(atom.low, atom.high)
     if not atom.forms:
-        return f'/"{_FREE}{count}"/'
+        return f'/"{FREE}{count}"/'
     parts = [_json_form(form) for form in sorted(atom.forms, key=lambda f: (not f.holds, f.text))]
     if count != "*" or not all(form.holds for form in atom.forms):
         parts.append(f'/"{PLAIN}{count}"/')

@@ -46,6 +46,7 @@ from asyncllm.plain import Json
 
 MAX_RULES: Final = 6_000
 MAX_OTHERS: Final = 32  # properties beyond those that a schema names: a model may like them
+PIECE: Final = 256  # characters that are counted at once, of long strings
 MAX_PATTERNS: Final = 6  # that keys may match in any combination
 
 
@@ -179,6 +180,9 @@ class RuleWriter:
         if atom.lark:
             quote = terms.text_term('"')
             return seq(quote, self.lark(atom.lark, _by_characters), quote)
+        ends = [end for end in (atom.low, atom.high) if end != inf]
+        if not atom.forms and max(ends) > PIECE:
+            return _long_string(atom.low, atom.high)
         text = terms.string_term(atom)
         return Term(text) if terms.is_plain(atom) else self.term(text)
 
@@ -384,6 +388,27 @@ class RuleWriter:
                 some = seq(free, Repeat(more, 0, room - 1))
                 tails.append(alt(EMPTY, some) if room > 0 else EMPTY)
         return tails
+
+
+def _long_string(low: int, high: float) -> Expr:
+    """A string, counted by pieces: a terminal that counts to n has more than n states."""
+    piece = Term(f"/{terms.FREE}{{{PIECE}}}/")
+
+    def after(num: int, *parts: Expr) -> Expr:
+        return seq(Repeat(piece, num, num), *parts)
+
+    def end(least: int, most: float) -> Expr:
+        return Term(f'/{terms.FREE}{times(least, most)}"/')
+
+    first, least = divmod(low, PIECE)
+    room = high - first * PIECE
+    if room == inf or room < PIECE:
+        return seq(terms.text_term('"'), after(first, end(least, room)))
+    more, last = divmod(int(room), PIECE)
+    ends = [end(least, PIECE - 1), after(more, end(0, last))]
+    if more > 1:
+        ends.append(seq(Repeat(piece, 1, more - 1), end(0, PIECE - 1)))
+    return seq(terms.text_term('"'), after(first, alt(*ends)))
 
 
 def _of_others(layer: Layer, matched: set[str]) -> Schemas:
