@@ -344,20 +344,24 @@ class SchedulerCore(DraftScheduler):
         room, sliding = self.available - reserved, 0
         if self.window is not None:
             sliding = self.sliding_available - reserved
+        left = 0  # prompt tokens of those before, without this step's
         for req in filling:
             assert req.lane is not None
-            room -= req.lane.fill_len - req.lane.planned
+            left += req.lane.fill_len - req.lane.planned
             sliding -= self._sliding_need(req.lane.fill_len, req.lane.planned)
+        room -= left
         opened: list[tuple[int, array[int], bool]] = []
         alone = not (self.running or self.importing)
         taken = sum(count for _, _, count in rows if count > 1)
+        left -= taken
         apart = not together and len(self.waiting) <= FEW
         for req in self.waiting:
             if not req.ready:
                 continue
             known = req.known_len
             count = known if req.imports else min(known, self.chunk, budget)
-            if apart and taken and not req.imports and taken + count > FULL:
+            joins = req.imports or taken + count <= FULL or known < left
+            if apart and taken and not joins:
                 break  # those before it would wait for it too, and it would not be earlier
             wanted, seen = known + self.headroom, self._sliding_need(known, 0)
             fits = wanted <= room and seen <= sliding
@@ -370,6 +374,7 @@ class SchedulerCore(DraftScheduler):
             if not req.imports:  # else computed by another server
                 budget -= count
                 taken += count
+                left += known - count
             rows.append((req, req.lane, count))
             req.lane.inflight += 1
             ids = req.prompt + req.outputs if req.outputs else req.prompt

@@ -222,6 +222,15 @@ def test_a_few_long_prompts_go_one_after_another(
     assert [count for _, count in rows if count > 1] == second
 
 
+def test_a_short_prompt_does_not_wait_for_all_of_a_long_one() -> None:
+    core = make(num_slots=99000, batch_max_tokens=8192, chunked_prefill_size=2048)
+    core.available = 99000
+    for rid, length in enumerate([8000, 100, 6000, 100]):
+        add(core, rid, length)
+    rows = shape(step(core, available=99000, together=False))
+    assert [count for _, count in rows] == [2048, 100]
+
+
 def test_running_prefill_goes_before_waiting_requests() -> None:
     core = make(batch_max_tokens=20)
     add(core, 1, 30)
