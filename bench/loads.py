@@ -23,9 +23,8 @@ from bench import serve
 from bench.common import free_port
 from bench.figures import Figures
 
-SEEDS = (
-    1 << 16
-)  # between loads: a load takes several, of prompts, lengths, arrivals and its warm-up
+# of prompts, lengths, arrivals and the warm-up of a load, which takes several
+SEEDS = 1 << 16
 # options of serve.py
 LOADS = {
     "lat1": "--n 16 --conc 1 --procs 1 --inp 128 --out 128",
