@@ -208,7 +208,7 @@ class Tried:
         """Compiles all in parallel, with divided inputs and without; why there is no such kernel."""
         rule, found = division.num_parts, []
         for parts in (1, 2):
-            division.num_parts = lambda *_, parts=parts: parts  # type: ignore[assignment]
+            division.num_parts = lambda *_, parts=parts, **__: parts  # type: ignore[assignment]
             with ThreadPoolExecutor(THREADS) as pool:
                 found = list(pool.map(self.build, configs))
         division.num_parts = rule
@@ -241,14 +241,17 @@ class Tried:
                 tiles, steps = triton.cdiv(n, config.block_n), triton.cdiv(k, step)
                 device = torch.device("cuda", 0)
                 tile_size = config.block_n * config.rows
-                ruled = division.num_parts(tiles, tile_size, steps, config.per_sm, device)
+                early = config.early > 0
+                ruled = division.num_parts(
+                    tiles, tile_size, steps, config.per_sm, device, early=early
+                )
                 self.by_rule[num_rows, product, config] = ruled
                 rule = division.num_parts
                 wanted = self.wanted[num_rows, product]
                 for parts in sorted({*PARTS, ruled}):
                     if parts > 1 and (parts > steps or tiles * parts > MOST):
                         continue
-                    division.num_parts = lambda *_, parts=parts: parts  # type: ignore[assignment]
+                    division.num_parts = lambda *_, parts=parts, **__: parts  # type: ignore[assignment]
                     try:
                         calls, out = self.calls(product, num_rows, config)
                         us = per_call_us(calls)

@@ -36,6 +36,16 @@ def test_the_multiprocessor_with_the_most_steps_has_the_fewest(
     assert parts.num_parts(tiles, 64 * 8, steps, per_sm, CPU) == want
 
 
+@pytest.mark.parametrize(
+    ("tiles", "per_sm", "want"), [(96, 4, 5), (64, 4, 8), (96, 2, 2), (448, 4, 1), (1, 8, 16)]
+)
+def test_programs_that_begin_early_leave_no_room(
+    tiles: int, per_sm: int, want: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "num_sms", lambda device: 132)
+    assert parts.num_parts(tiles, 64 * 8, 16, per_sm, CPU, early=True) == want
+
+
 def test_parts_fit_into_their_space() -> None:
     assert parts.num_parts(1, 2**21, 64, 50, CPU) == 2
     assert parts.num_parts(1, 2**22, 64, 50, CPU) == 1

@@ -26,7 +26,8 @@ _MOST = 16  # parts
 
 class TileConfig(Protocol):
     """What the configurations of products have in common: rows of x and outputs of a tile; inputs
-    are divided until there are ``per_sm`` programs to a multiprocessor (0: never)."""
+    are divided until there are ``per_sm`` programs to a multiprocessor (0: never); ``early``:
+    programs begin while the kernel before still runs, if it is not 0."""
 
     @property
     def rows(self) -> int: ...
@@ -36,6 +37,9 @@ class TileConfig(Protocol):
 
     @property
     def per_sm(self) -> int: ...
+
+    @property
+    def early(self) -> int: ...
 
 
 @triton.jit
@@ -65,16 +69,27 @@ def gathered(made, partial_ptr, counters_ptr):
     return total, last
 
 
-def num_parts(tiles: int, tile_size: int, steps: int, per_sm: int, device: torch.device) -> int:
+def num_parts(
+    tiles: int,
+    tile_size: int,
+    steps: int,
+    per_sm: int,
+    device: torch.device,
+    *,
+    early: bool = False,
+) -> int:
     """Into how many parts to divide the inputs: at most ``per_sm`` programs to a multiprocessor, as
     far as the space and the ``steps`` of a tile's inputs go. Of these the number by which the
     multiprocessor with the most steps has the fewest, and of equals the largest, so that more is on
-    its way from memory at once."""
+    its way from memory at once. Programs that begin ``early`` go where the kernel before ends
+    first: there are as many as can be, lest some multiprocessors have room for more than others."""
     fit = min(_PARTIAL // (tiles * tile_size), steps, _MOST)
     if tiles > _COUNTERS or fit < 2:
         return 1
     sms = num_sms(device)
     most = max(1, min(per_sm * sms // tiles, fit))
+    if early:
+        return most
 
     def longest(parts: int) -> int:
         return -(-tiles * parts // sms) * -(-steps // parts)
@@ -99,7 +114,8 @@ def divided(
     tiles, most = triton.cdiv(n, config.block_n), num_rows if size == "many" else int(size)
     tile_size = config.block_n * config.rows
     num_tiles = tiles * triton.cdiv(most, config.rows)
-    parts = num_parts(num_tiles, tile_size, steps, config.per_sm, device)
+    early = config.early > 0
+    parts = num_parts(num_tiles, tile_size, steps, config.per_sm, device, early=early)
     added, counters = space(device) if parts > 1 else (None, None)
     return (tiles * triton.cdiv(num_rows, config.rows), parts), added, counters
 
