@@ -223,8 +223,8 @@ class GrammarEngine:
         """Remember; the one not used for longest goes when there are too many."""
         if (kind, text) in self:
             return
-        if (full := self._kept.pop((kind, text), None)) is not None:
-            self._kept_chars -= full.chars
+        for full in [key for key, each in self._kept.items() if each.is_full]:
+            self._kept_chars -= self._kept.pop(full).chars
         self._kept[kind, text] = compiled
         self._kept_chars += compiled.chars
         while len(self._kept) > MAX_KEPT or (
