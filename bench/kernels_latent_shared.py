@@ -23,7 +23,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from asyncllm.kernels.attention.shared_rows import LATENT_RATE, SharedRows, SharingCosts
+from asyncllm.kernels.attention.shared_rows import (
+    LATENT_RATE,
+    LATENT_RATE_8_BITS,
+    SharedRows,
+    SharingCosts,
+)
 from asyncllm.kernels.latent.attend import attend, attend_ref
 from asyncllm.kernels.latent.keys import AttendConfig
 from asyncllm.kernels.latent.plan import AttendPlan, plan_attend
@@ -111,13 +116,14 @@ def wrong() -> list[str]:
     return found
 
 
-def foretold(shape: Shape, num_heads: int) -> float | None:
-    """Microseconds that the costs say groups save."""
-    costs = SharingCosts.of_latents(num_heads, RANK, ROPE, sys.maxsize)
+def foretold(shape: Shape, num_heads: int, bits: bool) -> float | None:
+    """Microseconds that the costs say groups save; ``bits``: over latents in 8 bits."""
+    costs = SharingCosts.of_latents(num_heads, RANK, ROPE, sys.maxsize, eight_bits=bits)
     if costs is None:
         return None
     gain = sum(costs.gain(stop - begin, count) for begin, stop, _, count in shape.groups)
-    token_s = (2 * RANK + ROPE) / LATENT_RATE[16 if num_heads <= 16 else 64]
+    rates = LATENT_RATE_8_BITS if bits else LATENT_RATE
+    token_s = (2 * RANK + ROPE) / rates[16 if num_heads <= 16 else 64]
     return (gain - costs.step) * token_s * 1e6
 
 
@@ -140,7 +146,7 @@ def measure(name: str, shape: Shape, num_heads: int, top: Ceiling, quick: bool, 
     pairs = len(shape.lengths) * num_heads * (2 * RANK + ROPE)
     num_bytes = read * ((RANK + ROPE) * case["cache"].element_size() + 4) + 2 * pairs
     flops = 2 * sum(shape.lengths) * num_heads * (2 * RANK + ROPE)
-    said = foretold(shape, num_heads)
+    said = foretold(shape, num_heads, bits)
     print(
         f"{num_heads:3}{' fp8' if bits else '    '} {name:30} {plain_us:8.1f} {us:8.1f} "
         f"{us / plain_us:6.3f} {alone_us:7.1f} {plan_us:6.1f} {plain_us - us:8.1f} "

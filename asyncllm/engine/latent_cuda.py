@@ -110,7 +110,8 @@ class TritonLatentAttention:
             shared_blocks(space.pieces, spec.num_q_heads, spec.kv_rank, element)
             for spec, space in self._spaces.items()
         )
-        return SharingCosts.of_latents(spec.num_q_heads, spec.kv_rank, spec.rope.dim, blocks)
+        sizes = spec.num_q_heads, spec.kv_rank, spec.rope.dim, blocks
+        return SharingCosts.of_latents(*sizes, eight_bits=element.itemsize == 1)
 
     def plan(self, spec: AttentionSpec, batch: Batch) -> TritonLatentPlan:
         assert spec.rope is not None

@@ -21,10 +21,11 @@ ROW_S = 17e-12  # for each channel of a row's queries: partial results are writt
 STEP_S = 14e-6  # until the groups' part has started and ended
 # The same of latents, where products set the time, also where rows share (measured on an H200 by
 # bench/kernels_latent_shared.py): a latent's channels, as key and as value, for all pairs of a
-# block of 16 or 64 per second.
-LATENT_RATE = {16: 3.35e12, 64: 1.63e12}
-LATENT_ROW_S = 8e-12  # for each channel of a row's sums
-LATENT_STEP_S = 18e-6
+# block of 16 or 64 per second; and where latents are in 8 bits.
+LATENT_RATE = {16: 5.2e12, 64: 2.0e12}
+LATENT_RATE_8_BITS = {16: 5.2e12, 64: 1.2e12}
+LATENT_ROW_S = 6e-12  # for each channel of a row's sums
+LATENT_STEP_S = 26e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +83,15 @@ class SharingCosts:
 
     @classmethod
     def of_latents(
-        cls, num_heads: int, rank: int, rope_dim: int, blocks: int
+        cls, num_heads: int, rank: int, rope_dim: int, blocks: int, *, eight_bits: bool = False
     ) -> SharingCosts | None:
         """The same over latents; None where sharing never saves anything: each block computes as
         much as before, which is all of the time if a row fills a block by itself."""
         group = 1 << (num_heads - 1).bit_length()
         channels = 2 * rank + rope_dim
-        block_s = channels / LATENT_RATE[64] * max(1, -(-num_heads // 64))
-        token_s = channels / LATENT_RATE[16] if num_heads <= 16 else block_s
+        rates = LATENT_RATE_8_BITS if eight_bits else LATENT_RATE
+        block_s = channels / rates[64] * max(1, -(-num_heads // 64))
+        token_s = channels / rates[16] if num_heads <= 16 else block_s
         rows = max(64, group) // group
         if rows * token_s <= block_s:
             return None
