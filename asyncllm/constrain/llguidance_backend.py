@@ -217,7 +217,10 @@ class GrammarEngine:
             return False
         matcher = start.deep_copy()
         data = text.encode(errors="surrogatepass")
-        return matcher.try_consume_tokens(list(data)) == len(data) and matcher.is_accepting()
+        fits = matcher.try_consume_tokens(list(data)) == len(data) and matcher.is_accepting()
+        if matcher.is_error():  # a limit, so that nothing is known
+            raise _refusal("schema", matcher.get_error())
+        return fits
 
     def keep(self, kind: str, text: str, compiled: CompiledGrammar) -> None:
         """Remember; the one not used for longest goes when there are too many."""

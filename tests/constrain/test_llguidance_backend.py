@@ -334,3 +334,10 @@ def test_a_grammar_whose_states_are_used_up_is_compiled_again(monkeypatch: Any) 
     assert len(grammars) == 1, "what takes much memory is not kept"
     assert walks.takes(walks.matcher(grammars, *key), '"abc"')
     assert key in grammars
+
+
+def test_a_limit_is_no_answer_to_whether_a_value_fits(monkeypatch: Any) -> None:
+    monkeypatch.setattr(engine, "MAX_STATES", 400)
+    schema = {"const": "ab" * 900, "pattern": "^(ab|c){0,2000}$"}
+    with pytest.raises(RequestError, match="too many states"):
+        walks.byte_grammars().build("schema", json.dumps(schema))
