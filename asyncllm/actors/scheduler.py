@@ -262,10 +262,7 @@ class Scheduler(Actor[Inbox]):
         joins = self._joins > self.core.steps  # the other groups are waiting for this one
         if not joins and (self._stalled or self._pauses()):
             return
-        proposal = None
-        if not self._stalled:
-            together = self._pacer.together(perf_counter())
-            proposal = self.core.propose(self._pacer.prompt_room, together=together)
+        proposal = None if self._stalled else self.core.propose(self._pacer.prompt_room)
         if proposal is not None:
             self._asked = True
             self._allocator.tell(proposal)

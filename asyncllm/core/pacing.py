@@ -38,7 +38,7 @@ class Pacer:
         self.times = times
         self._prefill_share = prefill_share
         self._began = 0.0  # when the running step began, approximately
-        self._expected, self._ended_at = 0, -NEXT_S  # newcomers in the place of requests that ended
+        self._expected, self._ended_at = 0, 0.0  # newcomers in the place of requests that ended
         self._timed = False  # whether the device measures steps; a CPU does not, and is not paced
 
     def launched(self, now: float, *, idle: bool) -> None:
@@ -65,13 +65,8 @@ class Pacer:
         """A request has come."""
         self._expected = max(self._expected - 1, 0)
 
-    def together(self, now: float) -> bool:
-        """Whether prompts that wait are to run in one step: of requests whose predecessors have
-        ended together."""
-        return now - self._ended_at < NEXT_S
-
     def _expects(self, now: float) -> bool:
-        return self._expected > 0 and self.together(now)
+        return self._expected > 0 and now - self._ended_at < NEXT_S
 
     def pause(self, now: float, running: StepSize, *, waiting: bool = False) -> float:
         """Seconds until the step after ``running`` must be launched; 0: now.

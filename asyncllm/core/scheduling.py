@@ -23,10 +23,6 @@ from asyncllm.records import ConstraintDone, Failure, OpenedLane
 
 PlacedRow = tuple[Row, int, int, slice]  # with cached and new tokens, and their slots in the grant
 
-# prompt tokens that keep any device busy: more of them take longer by as much, so that prompts
-# better run one after another where no more than FEW requests wait
-FULL = 1024
-FEW = 4
 UNFIT = Failure("the tokens so far violate the constraint", status=500)
 
 
@@ -86,18 +82,10 @@ class SchedulerCore(DraftScheduler):
     # a step
 
     def propose(
-        self,
-        prompt_room: Callable[[int, int], int | None] = lambda num_rows, num_read: None,
-        *,
-        together: bool = True,
+        self, prompt_room: Callable[[int, int], int | None] = lambda num_rows, num_read: None
     ) -> ReserveSlots | None:
         """The rows of the next step, before it is known whether they fit; None: nothing to do, or
-        not before the running step is over.
-
-        Args:
-            prompt_room, together: see ``Pacer``. Without ``together`` the prompts of a few waiting
-                requests only share a step that does not take longer for it.
-        """
+        not before the running step is over. ``prompt_room``: see ``Pacer``."""
         assert not self._proposal, "a proposal is open"
         speculation = self.speculation
         if speculation is not None and self._awaits_drafts(speculation):
@@ -133,8 +121,16 @@ class SchedulerCore(DraftScheduler):
                 num_read = sum(lane.planned + 1 for _, lane, _ in rows)
                 room = prompt_room(len(rows), num_read)
                 budget = budget if room is None else min(budget, room)
-        budget -= self._go_on_filling(rows, filling, budget)
-        opened = self._admit(rows, filling, budget, together) if self.waiting and budget else []
+        for req in filling:
+            if not budget:
+                break
+            lane = req.lane
+            assert lane is not None
+            count = min(lane.fill_len - lane.planned, self.chunk, budget)
+            rows.append((req, lane, count))
+            lane.inflight += 1
+            budget -= count
+        opened = self._admit(rows, filling, budget) if self.waiting and budget else []
         if not rows:
             return None
         self._proposal = rows
@@ -321,22 +317,8 @@ class SchedulerCore(DraftScheduler):
 
     # queue
 
-    def _go_on_filling(self, rows: list[Row], filling: Iterable[Request], budget: int) -> int:
-        """Add rows of requests whose prompts have begun; returns their tokens."""
-        left = budget
-        for req in filling:
-            if not left:
-                break
-            lane = req.lane
-            assert lane is not None
-            count = min(lane.fill_len - lane.planned, self.chunk, left)
-            rows.append((req, lane, count))
-            lane.inflight += 1
-            left -= count
-        return budget - left
-
     def _admit(
-        self, rows: list[Row], filling: Iterable[Request], budget: int, together: bool
+        self, rows: list[Row], filling: Iterable[Request], budget: int
     ) -> list[tuple[int, array[int], bool]]:
         """Add rows of waiting requests, clients in turn, while the KV slots are likely to
         suffice."""
@@ -344,25 +326,17 @@ class SchedulerCore(DraftScheduler):
         room, sliding = self.available - reserved, 0
         if self.window is not None:
             sliding = self.sliding_available - reserved
-        left = 0  # prompt tokens of those before, without this step's
         for req in filling:
             assert req.lane is not None
-            left += req.lane.fill_len - req.lane.planned
+            room -= req.lane.fill_len - req.lane.planned
             sliding -= self._sliding_need(req.lane.fill_len, req.lane.planned)
-        room -= left
         opened: list[tuple[int, array[int], bool]] = []
         alone = not (self.running or self.importing)
-        taken = sum(count for _, _, count in rows if count > 1)
-        left -= taken
-        apart = not together and len(self.waiting) <= FEW
         for req in self.waiting:
             if not req.ready:
                 continue
             known = req.known_len
             count = known if req.imports else min(known, self.chunk, budget)
-            joins = req.imports or taken + count <= FULL or known < left
-            if apart and taken and not joins:
-                break  # those before it would wait for it too, and it would not be earlier
             wanted, seen = known + self.headroom, self._sliding_need(known, 0)
             fits = wanted <= room and seen <= sliding
             if not (budget and self._free_lanes and (alone or fits)):
@@ -371,10 +345,7 @@ class SchedulerCore(DraftScheduler):
             room -= wanted
             sliding -= seen
             req.lane = Lane(self._free_lanes.pop(), known, imports=req.imports)
-            if not req.imports:  # else computed by another server
-                budget -= count
-                taken += count
-                left += known - count
+            budget -= 0 if req.imports else count  # computed by another server
             rows.append((req, req.lane, count))
             req.lane.inflight += 1
             ids = req.prompt + req.outputs if req.outputs else req.prompt

@@ -16,8 +16,8 @@ from bench.common import Record
 from bench.simulate import Delays, Simulation
 
 OPEN = "--n 150 --rate 14 --inp 1024 --out 48"
-CLOSED = "--n 80 --conc 8 --inp 512 --out 64"
-DELAYS = Delays(launch=0.0005, timer=0.0, first=0.01)
+CLOSED = "--n 60 --conc 8 --inp 512 --out 128"
+DELAYS = Delays(launch=0.0005, timer=0.0)
 
 
 def step_ms(plan: StepPlan) -> float:
@@ -63,7 +63,7 @@ def test_clients_that_go_on_when_others_do_stay_together(monkeypatch: pytest.Mon
     together, _ = simulated(CLOSED)
     monkeypatch.setattr(Pacer, "ended", lambda *_: None)  # nobody is expected
     apart, _ = simulated(CLOSED)
-    assert held_up(together) < 0.5 * held_up(apart)
+    assert held_up(together) < 0.7 * held_up(apart)
     assert mean(together.gaps) < 0.1 * DELAYS.launch  # the device does not wait for them
 
 

@@ -146,7 +146,6 @@ def test_requests_whose_predecessors_ended_together_wait_for_each_other() -> Non
     pacer.launched(100.0, idle=True)
     pause = pacer.pause(100.001, running)
     assert pause > 0
-    assert not pacer.together(100.0)
 
     def waits() -> float:
         return pacer.pause(100.001, running, waiting=True)
@@ -159,13 +158,11 @@ def test_requests_whose_predecessors_ended_together_wait_for_each_other() -> Non
         assert waits() == pause
     pacer.came()
     assert waits() == 0  # all are there
-    assert pacer.together(100.001)
     pacer.came()  # one more than have ended is not missed later
     pacer.ended(100.0, 1)
     assert waits() == pause
     pacer.launched(100.0 + NEXT_S, idle=True)
     assert pacer.pause(100.0 + NEXT_S, running, waiting=True) == 0  # too late to be one of them
-    assert not pacer.together(100.0 + NEXT_S)
     pacer.ended(100.0 + NEXT_S, 1)
     pacer.came()
     assert pacer.pause(100.0 + NEXT_S, running, waiting=True) == 0  # the earlier one is forgotten

@@ -44,15 +44,10 @@ def add(
 
 
 def grant(
-    core: SchedulerCore,
-    *,
-    rows: int | None = None,
-    available: int = 500,
-    hit: int = 0,
-    together: bool = True,
+    core: SchedulerCore, *, rows: int | None = None, available: int = 500, hit: int = 0
 ) -> Step | None:
     """Propose and grant the first ``rows`` rows; opened ones hit ``hit`` tokens."""
-    proposal = core.propose(together=together)
+    proposal = core.propose()
     assert proposal is not None
     opened = {lane: len(ids) for lane, ids, _ in proposal.opened}
     hits, counts = array("i"), array("i")
@@ -198,37 +193,6 @@ def test_prefill_alone_fills_the_step() -> None:
     for rid in range(4):
         add(core, rid, 30)
     assert shape(step(core)) == [(0, 16), (1, 16), (2, 8)]
-
-
-@pytest.mark.parametrize(
-    ("prompts", "together", "first", "second"),
-    [
-        ([1000, 20, 5, 900], False, [1000, 20], [5, 900]),
-        ([1000, 20, 5, 900], True, [1000, 20, 5, 900], []),
-        ([1500, 600], False, [1500], [600]),  # one alone may be longer
-        ([3000, 10], False, [2048], [952, 10]),
-        ([600] * 5, False, [600, 600, 600, 248], [352, 600]),  # many wait
-    ],
-)
-def test_a_few_long_prompts_go_one_after_another(
-    prompts: list[int], together: bool, first: list[int], second: list[int]
-) -> None:
-    core = make(num_slots=9000, batch_max_tokens=2048, chunked_prefill_size=2048)
-    for rid, length in enumerate(prompts):
-        add(core, rid, length)
-    core.available = 9000
-    assert [n for _, n in shape(step(core, available=9000, together=together))] == first
-    rows = shape(step(core, available=9000, together=together))
-    assert [count for _, count in rows if count > 1] == second
-
-
-def test_a_short_prompt_does_not_wait_for_all_of_a_long_one() -> None:
-    core = make(num_slots=99000, batch_max_tokens=8192, chunked_prefill_size=2048)
-    core.available = 99000
-    for rid, length in enumerate([8000, 100, 6000, 100]):
-        add(core, rid, length)
-    rows = shape(step(core, available=99000, together=False))
-    assert [count for _, count in rows] == [2048, 100]
 
 
 def test_running_prefill_goes_before_waiting_requests() -> None:
