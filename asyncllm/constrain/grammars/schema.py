@@ -37,6 +37,7 @@ from asyncllm.core.request import LARK
 from asyncllm.errors import RequestError
 from asyncllm.plain import Json, JsonObject, T, typed
 
+MAX_LENGTH: Final = 1 << 28  # no output is as long: a greater maximum is none
 MAX_WORK: Final = 10_000  # combinations of alternatives that are looked at
 
 Matches = Callable[[str, str], bool]
@@ -238,7 +239,8 @@ class SchemaResolver:
     def _sized(self, node: JsonObject, what: str, atom: String | Array | Object) -> Atom | None:
         """``atom`` as long as minLength, maxItems and the like have it."""
         low, high = (self._count(node, f"{end}{what}") for end in ("min", "max"))
-        return common(atom, type(atom)(low or 0, inf if high is None else high))
+        most = inf if high is None or high >= MAX_LENGTH else high
+        return common(atom, type(atom)(low or 0, most))
 
     def _array(self, node: JsonObject) -> Atom | None:
         most = self._count(node, "maxItems")
