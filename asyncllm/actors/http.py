@@ -240,6 +240,7 @@ class HttpRoutes:
                 raise exchange.error
             whole = exchange.reply.whole
             body = await asyncio.to_thread(whole) if exchange.answer.is_long else whole()
+            exchange.reply.keep()
             status = 200
             response = _json(body)
             _say_omitted(response, generation)

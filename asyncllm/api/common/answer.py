@@ -274,7 +274,11 @@ class Reply(Protocol):
         """Events for a failure after the headers; nothing follows."""
 
     def whole(self) -> bytes:
-        """The JSON of an answer that is not streamed."""
+        """The JSON of an answer that is not streamed. May run in a thread."""
+
+    def keep(self) -> None:
+        """Called on the event loop after :meth:`whole`: store what is to be known later."""
+        return None
 
 
 def finite(value: float) -> float:

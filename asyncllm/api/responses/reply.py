@@ -37,6 +37,7 @@ class ResponseReply(ContentBlockReply):
     def __init__(self, answer: Answer, asked: ResponsesRequest, store: ResponseStore) -> None:
         super().__init__(answer)
         self._asked, self._store = asked, store
+        self._kept: StoredResponse | None = None  # once it has ended, if it may be stored
         self._number = 0  # of the next event
         self._items: list[dict[str, object]] = []  # that have ended
         self._delta: sse.ChunkTemplate  # of the block in progress
@@ -110,6 +111,7 @@ class ResponseReply(ContentBlockReply):
         """The whole response."""
         (choice,) = self.answer.choices
         response = self._finish(choice, self._items, self.blocks.all)
+        self.keep()
         return self._event(f"response.{response['status']}", response=response)
 
     def error(self, error: RequestError) -> bytes:
@@ -126,6 +128,11 @@ class ResponseReply(ContentBlockReply):
         items = [self._item(block, _status(block)) for block in blocks]
         return sse.body(self._finish(choice, items, blocks))
 
+    def keep(self) -> None:
+        """Store the finished response."""
+        if self._kept is not None:
+            self._store.put(self.answer.id, self._kept)
+
     @property
     def _scored(self) -> bool:
         return self.answer.generation.params.logprobs >= 0
@@ -136,7 +143,7 @@ class ResponseReply(ContentBlockReply):
     def _finish(
         self, choice: Choice, items: list[dict[str, object]], blocks: list[ContentBlock]
     ) -> dict[str, object]:
-        """The finished response, which is stored if it may be."""
+        """The finished response, which :meth:`keep` stores if it may be."""
         status = "incomplete" if choice.is_cut else "completed"
         response = self._response(status, items)
         usage = self.answer.usage()
@@ -155,8 +162,7 @@ class ResponseReply(ContentBlockReply):
             aborted = choice.reason is FinishReason.ABORT
             response["incomplete_details"] = {"reason": "abort" if aborted else "max_output_tokens"}
         if self._asked.echo["store"]:
-            stored = answered(self._asked, blocks, sse.body(response))
-            self._store.put(self.answer.id, stored)
+            self._kept = answered(self._asked, blocks, sse.body(response))
         return response
 
     def _response(self, status: str, output: list[dict[str, object]]) -> dict[str, object]:

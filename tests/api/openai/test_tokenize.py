@@ -55,6 +55,6 @@ def test_what_is_a_token_id(read: Any, ids: list[Any], why: str) -> None:
 @pytest.mark.parametrize("kind", [int, float])
 def test_many_token_ids_take_no_object_each(kind: type) -> None:
     """The event loop reads them: 4 ms for 262,144, 12 ms if some are written as 3.0."""
-    ids, limit_s = [kind(i) for i in range(1 << 18)], 0.02 if kind is int else 0.03
+    ids, limit_s = [kind(i) for i in range(1 << 18)], 0.02 if kind is int else 0.05
     assert quickest(lambda: detokenize({"tokens": ids}, LONG), limit_s) < limit_s
     assert quickest(lambda: openai.completion({"prompt": ids}, LONG), limit_s) < limit_s

@@ -408,6 +408,7 @@ def test_whole_is_stored_only_if_it_may_be() -> None:
         store = ResponseStore()
         made = reply(store, store=keep, instructions="i", metadata={"k": "v"})
         got = json.loads(made.whole())
+        made.keep()
         assert (got["instructions"], got["metadata"], got["store"]) == ("i", {"k": "v"}, keep)
         assert len(store) == keep
 

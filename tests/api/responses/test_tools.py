@@ -218,6 +218,8 @@ def test_a_stored_call_gets_its_name_from_the_tools_of_the_next_request() -> Non
     text = '<tool_call>{"name": "spawn", "arguments": {"n": 1}}</tool_call>'
     made, _ = parted(("hermes", "", text, None, None, [], "stop"), [text], store, tools=[AGENTS])
     whole = json.loads(made.whole())
+    assert not len(store)
+    made.keep()
     result = {
         "type": "function_call_output",
         "call_id": whole["output"][0]["call_id"],
