@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,11 @@ from torch import Tensor
 
 from asyncllm.engine import quant_cuda, quant_torch
 from asyncllm.engine.quant_cuda import KernelThresholds
-from asyncllm.kernels.quant.rows import quantize_rows_ref
+from asyncllm.kernels.quant import parts
+from asyncllm.kernels.quant.four_bits import FourBitsConfig, four_bits
+from asyncllm.kernels.quant.product import ProductConfig, product
+from asyncllm.kernels.quant.rows import quantize_rows, quantize_rows_ref
+from asyncllm.kernels.quant.wide import WideConfig, wide
 from asyncllm.models.quantization import QuantKind, QuantRows, QuantWeight
 from tests.kernels.harness import DEVICE, assert_close, randn, replayed
 
@@ -173,3 +178,51 @@ def test_the_library_sums_many_inputs_in_float32(
     )
     quant_cuda.quant_linear(rows, weight, ways=KernelThresholds(0, 0))
     assert asked == [fast]
+
+
+EARLY: list[tuple[QuantKind, Any]] = [
+    ("int4_group", FourBitsConfig(8, 128, 4, 5, 2)),
+    ("fp8_channel", WideConfig(8, 64, 256, 4, 3, 4)),
+    ("fp8_channel", ProductConfig(16, 64, 256, 4, 4, 2)),
+    ("fp8_block", ProductConfig(16, 64, 128, 4, 4, 2)),
+    ("int8_channel", ProductConfig(16, 64, 256, 4, 3, 2, copy=True)),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "config"), EARLY, ids=str)
+def test_rows_are_read_when_they_have_been_written(
+    kind: QuantKind, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products that begin while the kernel before, which writes their rows, still runs: the same as
+    those that do not."""
+    monkeypatch.setattr(parts, "num_parts", lambda *_, early: 4)
+    made = make_weight(kind, 128 if "int4" in kind else 0, (4096, 4096), torch.bfloat16)
+    first = quant_cuda.pack_quant(made)
+    rolled = [first.data.view(torch.uint8).roll(i, 0) for i in range(8)]
+    weights = [dataclasses.replace(first, data=bits.view(first.data.dtype)) for bits in rolled]
+    rows = [randn(5, 4096, dtype=torch.bfloat16, seed=i) for i in range(9)]
+
+    def run(config: Any) -> None:
+        for x, weight, out in zip(rows, weights, rows[1:], strict=False):
+            if isinstance(config, FourBitsConfig):
+                four_bits(x, weight.data, weight.scales, out=out, config=config)
+            elif isinstance(config, WideConfig):
+                wide(x, weight.data, weight.scales, out=out, config=config)
+            else:
+                values, scales = quantize_rows(x, weight.data.dtype, blocked=kind == "fp8_block")
+                product(values, scales, weight.data, weight.scales, out=out, config=config)
+
+    early = dataclasses.replace(config, early=256)
+    for each in (config, early):  # compiled outside of the capture
+        run(each)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(early)
+    for turn in range(10):
+        rows[0].copy_(randn(5, 4096, dtype=torch.bfloat16, seed=turn))
+        graph.replay()
+        got = [row.clone() for row in rows[1:]]
+        run(config)
+        assert all(map(torch.equal, rows[1:], got)), turn
