@@ -159,13 +159,8 @@ class CudaDevice:
 
     def capture(self, chunk: int) -> None:
         """Make the engine's CUDA graphs; start-up only."""
-        from asyncllm.kernels.quant.parts import space  # without a GPU there may be no Triton
-
-        site = self.engine.model.site
-        collectives = max(site.comm.size, site.world.size) > 1
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            space(self._device)  # zeroed when it is made, which a graph would do again and again
-            self.engine.capture(cuda_capture(self._stream, collectives=collectives), chunk)
+            self.engine.capture(cuda_capture(self._stream), chunk)
         self._stream.synchronize()
 
     def close(self) -> None:

@@ -41,29 +41,16 @@ class Capture(Protocol):
         """Returns a function that replays what ``run`` did, and the tensors with its results."""
 
 
-def cuda_capture(stream: torch.cuda.Stream, *, collectives: bool) -> Capture:
-    """Captures graphs on ``stream`` that share their memory, so capture the largest first.
-
-    The work of the first one is run before, so that libraries have their handles and workspaces;
-    kernels of other shapes are loaded while they are captured.
-
-    Args:
-        collectives: there are some in the graphs, which connect ranks at their first use with each
-            size: the work of every graph is run before.
-    """
-    pool, begun = torch.cuda.graph_pool_handle(), False
-    # only "relaxed" allows this thread to load kernels on every driver
-    mode = "thread_local" if collectives else "relaxed"
+def cuda_capture(stream: torch.cuda.Stream) -> Capture:
+    """Captures graphs on ``stream`` that share their memory, so capture the largest first."""
+    pool = torch.cuda.graph_pool_handle()
 
     def capture(run: Callable[[], R]) -> tuple[Callable[[], None], R]:
-        nonlocal begun
-        if collectives or not begun:
-            run()
-            begun = True
+        run()  # kernels are compiled and libraries choose their algorithms outside of the capture
         # torch.cuda.graph would wait for the device and empty the allocator's cache each time
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
-            graph.capture_begin(pool, capture_error_mode=mode)
+            graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 result = run()
             finally:

@@ -23,7 +23,6 @@ from asyncllm.engine.graphs import (
     MAX_DECODE_ROWS,
     MAX_PREFILL_ROWS,
     DecoderGraphs,
-    cuda_capture,
     decode_sizes,
     mixed_sizes,
 )
@@ -147,43 +146,6 @@ class Simulated:
                     old.copy_(new)
 
         return replay, kept
-
-
-@pytest.mark.parametrize("collectives", [False, True])
-def test_work_is_run_before_it_is_captured_where_that_is_needed(
-    collectives: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Once for libraries; each time for collectives, which connect ranks by size."""
-    said: list[str] = []
-
-    class Graph:
-        def capture_begin(self, pool: object, capture_error_mode: str) -> None:
-            said.append(f"begin {pool}, {capture_error_mode}")
-
-        def capture_end(self) -> None:
-            said.append("end")
-
-        def replay(self) -> None: ...
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 7)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    stream: Any = None
-    capture = cuda_capture(stream, collectives=collectives)
-    for name in ("first", "second"):
-        _, result = capture(lambda name=name: said.append(name) or name)
-        assert result == name
-    begin = f"begin 7, {'thread_local' if collectives else 'relaxed'}"
-    kept = [begin, "second", "end"]
-    assert said == ["first", begin, "first", "end", *["second"] * collectives, *kept]
-
-    def fails() -> None:
-        raise ValueError("a kernel")
-
-    said.clear()
-    with pytest.raises(ValueError, match="a kernel"):
-        capture(fails)
-    assert said == ([] if collectives else [begin, "end"])
 
 
 class NoDecoderGraphs(DecoderGraphs):
