@@ -4,11 +4,17 @@
     python bench/capture.py --model_dir /tmp/m8b --ways direct first
     python bench/capture.py --model_dir /tmp/m8b --ways first direct
 
-A way is how a graph is captured: ``first`` runs its work once before, ``direct`` does not, and so
-loads kernels of other shapes while it captures (mode "relaxed"), ``strict`` tries that in the mode
-that forbids it. Kernels are loaded once in a process, so only the first way of a run has the times
-of a start. Steps of every size run in each way, and without graphs; tokens and log-probabilities
-of the ways must be equal. Weights are random: nothing is read but config.json.
+A way is how a graph is captured: ``first`` runs its work once before, as a start does, ``direct``
+does not, and so loads kernels of other shapes while it captures (mode "relaxed"), ``strict`` tries
+that in the mode that forbids it. Kernels are loaded once in a process, so only the first way of a
+run has the times of a start.
+
+Steps of every size run in each way, twice, and without graphs, with the same K/V. In each row the
+likeliest token comes, whatever the kind of sampling (temperature 0 or near it, or top_k 1). What is
+compared is in how many rows it is another token: weights are random, so that the likeliest tokens
+are close to each other, and what differs by a rounding changes some of them, while a graph that is
+wrong changes next to all. More than half of the rows is an error (exit code 1). Nothing is read but
+config.json.
 """
 
 from __future__ import annotations
@@ -53,6 +59,8 @@ WAYS = {
 }
 MAX_LEN, NUM_LANES, NUM_ROWS, SLOTS = 8192, 1000, 1024, 16384
 READ = 64  # tokens that each row attends to
+COLD = 1e-4  # a temperature at which the likeliest token comes
+MOST = 0.5  # share of rows with another token
 
 
 @dataclass(slots=True)
@@ -153,43 +161,44 @@ def capture_all(device: CudaDevice, way: str, loads: Loads, chunk: int) -> str:
 def steps(num_rows: int, chunk: int) -> Iterator[StepPlan]:
     """One of each bucket, filled to one token less than its size where that is possible."""
     rng = random.Random(0)
-    kinds = [SamplingParams(temperature=0.0, logprobs=0), SamplingParams(temperature=1.0, seed=3)]
-    kinds += [SamplingParams(temperature=0.9, top_p=0.8, seed=5, logprobs=0)]
-    kinds += [SamplingParams(temperature=0.9, repetition_penalty=1.2, seed=7)]
-    counts = [[1] * min(max(1, size - 1), NUM_LANES) for size in decode_sizes(num_rows)]
+    kinds = [
+        SamplingParams(temperature=0.0, logprobs=0),
+        SamplingParams(temperature=COLD, seed=3),
+        SamplingParams(temperature=0.9, top_k=1, seed=5, logprobs=0),
+        SamplingParams(temperature=COLD, repetition_penalty=1.2, seed=7),
+    ]
+    shapes = [([1] * min(max(1, size - 1), NUM_LANES), READ, 0) for size in decode_sizes(num_rows)]
+    # all rows share all tokens but their own
+    shapes += [([1] * n, MAX_LEN - 1, MAX_LEN - 1) for n in (*SHARED_SIZES, NUM_LANES)]
     for size in mixed_sizes(chunk):
         rows = min(16, size // 4)
         left = size - 1 - rows
-        counts.append([1] * rows + [left // 2, left - left // 2])
-    for i, some in enumerate(counts):
-        num, decode = sum(some), some.count(1)
-        plan = even_plan(some, 0, num_decode=decode)
-        starts = [READ] * decode + [0] * (len(some) - decode)
-        params = kinds[i % len(kinds)]
+        shapes.append(([1] * rows + [left // 2, left - left // 2], READ, 0))
+    for i, (counts, start, shared) in enumerate(shapes):
+        num, decode = sum(counts), counts.count(1)
+        plan = even_plan(counts, start, num_decode=decode)
+        starts = [start] * decode + [0] * (len(counts) - decode)
         opened = [
-            OpenedLane(lane, at + count, params, i32([7] * (at + count)))
-            for lane, (at, count) in enumerate(zip(starts, some, strict=True))
+            OpenedLane(lane, at + count, kinds[i % len(kinds)], i32([7] * READ))
+            for lane, (at, count) in enumerate(zip(starts, counts, strict=True))
         ]
-        tokens = [rng.randrange(1000, 30000) for _ in range(num)]
+        if shared:
+            shared_lens = i32([0] + [shared] * (num - 1))
+            plan = replace(plan, prefix_order=plan.lanes, shared_lens=shared_lens)
         yield replace(
             plan,
             starts=i32(starts),
             slots=i32(range(1, num + 1)),
-            tokens=i32(tokens),
+            tokens=i32(rng.randrange(1000, 30000) for _ in range(num)),
             opened=opened,
         )
-    for size in (*SHARED_SIZES, NUM_LANES):  # all rows share the first slot, all along
-        plan = even_plan([1] * size, MAX_LEN - 1, num_decode=size)
-        opened = [OpenedLane(lane, MAX_LEN, kinds[0], i32([])) for lane in plan.lanes]
-        shared_lens = i32([0] + [MAX_LEN - 1] * (size - 1))
-        yield replace(plan, opened=opened, prefix_order=plan.lanes, shared_lens=shared_lens)
 
 
-Answers = list[tuple[list[int], list[float]]]
+Answers = list[int]
 
 
 def answers(device: CudaDevice, chunk: int) -> Answers:
-    """Tokens and log-probabilities of one step of each size; K/V and tables are the same before."""
+    """The tokens of all rows of one step of each size; K/V and tables are the same before."""
     found: Answers = []
     engine = device.engine
     noise = torch.Generator(engine.device).manual_seed(1)
@@ -200,24 +209,13 @@ def answers(device: CudaDevice, chunk: int) -> Answers:
         for table in (engine.table, engine.history, engine.last_token):
             table.zero_()
     for plan in steps(NUM_ROWS, chunk):
-        done = device.launch(plan).wait()
-        chosen = [] if done.logprobs is None else list(done.logprobs.chosen)
-        found.append((list(done.tokens), chosen))
+        found += device.launch(plan).wait().tokens
     return found
 
 
-def differ(a: Answers, b: Answers) -> str:
-    """How many steps have other tokens, and the largest difference of a log-probability."""
-    tokens = sum(x[0] != y[0] for x, y in zip(a, b, strict=True))
-    gaps = [
-        abs(p - q)
-        for x, y in zip(a, b, strict=True)
-        for p, q in zip(x[1], y[1], strict=True)
-        if p == p or q == q
-    ]
-    return (
-        f"{tokens} of {len(a)} steps have other tokens, log-probabilities differ by {max(gaps):g}"
-    )
+def differ(a: Answers, b: Answers) -> float:
+    """The share of rows with another token."""
+    return sum(x != y for x, y in zip(a, b, strict=True)) / len(a)
 
 
 @contextmanager
@@ -271,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"warm-up steps: {time.perf_counter() - begin:.2f} s", flush=True)
     loads, monitor = Loads(), JitMonitor()
     loads.watch()
-    table, found = [], dict[str, Answers]()
+    table, told, found = list[str](), list[str](), dict[str, Answers]()
     for way in args.ways:
         table.append(capture_all(device, way, loads, chunk))
         print(table[-1], flush=True)
@@ -280,17 +278,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         before = monitor.count
         found[way] = answers(device, chunk)
         print(f"{way}: {monitor.count - before} kernels compiled or loaded in steps by graphs")
-        print(f"{way}, once more: {differ(found[way], answers(device, chunk))}", flush=True)
+        again = differ(found[way], answers(device, chunk))
+        told.append(f"{way} once more: {again:.1%} of rows have another token")
     with without_graphs(device):
         found["no graphs"] = answers(device, chunk)
-    first, *others = found
-    told = [f"{first} and {other}: {differ(found[first], found[other])}" for other in others]
+    first, *rest = found
+    for other in rest:
+        told.append(f"{first} and {other}: {differ(found[first], found[other]):.1%} of rows")
     print(
         "\n| way | graphs | number | first run, s | capture, s | instantiation, s | kernels loaded, s |"
     )
     print("|---|---|---|---|---|---|---|")
     print("\n".join([*table, "", *told]))
-    wrong = any(found[way] != found[first] for way in args.ways)
+    wrong = any(differ(found[way], found[first]) > MOST for way in found)
     device.close()
     return int(wrong)
 
