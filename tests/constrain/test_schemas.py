@@ -228,6 +228,10 @@ def test_one_of_knows_more_than_what_can_be_told(
      ({"type": "string", "format": "ipv4", "maxLength": 7}, ['"1.2.3.4"'], ['"1.2.3.256"', '"10.0.0.1"']),
      ({"type": "string", "format": "ipv6"}, ['"::1"', '"1::8"', '"::ffff:1.2.3.4"'], ['"1::2::3"', '"12345::"']),
      ({"type": "string", "pattern": r"^[^\S\n]*x[^\d]$"}, ['" \\tx\\n"', '"xa"'], ['"\\nxa"', '"\\u001cxa"', '"\u00a0xa"', '"x\u0663"', '"x1"']),
+     # zod's email (shorter), pydantic's Decimal, a password
+     ({"pattern": r"^(?!\.)(?!.*\.\.)([a-z.]*)[a-z]@([a-z]+\.)+[a-z]{2,}$"}, ['"a.b@c.de"'], ['".a@c.de"', '"a..b@c.de"', '"a@c"']),
+     ({"pattern": r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"}, ['"-1.5"', '".5"'], ['"+."', '""', '"1.5.1"']),
+     ({"pattern": r"^(?=.*[)A-Z])(?=.*(\d|\)))(?:.|\n){3,}$"}, ['"aA1"', '")))"'], ['"aA"', '"aa1"', '"AAA"']),
      ({"type": "string", "format": "x-unknown"}, ['"anything"'], ["1"])],
 )  # fmt: skip
 def test_strings(grammars: GrammarEngine, schema: Any, good: list[str], bad: list[str]) -> None:
@@ -292,6 +296,8 @@ def test_what_says_nothing_is_not_refused(
      ({"properties": {"a": {"uniqueItems": True}}}, "uniqueItems, which cannot be enforced"),
      ({"type": "integer", "multipleOf": 3}, "multipleOf"), ({"contains": {}}, "contains"),
      ({"format": "regex"}, "has format"), ({"pattern": "(?<=a)b"}, "look-around"),
+     ({"pattern": "^(?!a)b|c"}, "look-around"), ({"pattern": "^a(?!b)"}, "look-around"), ({"pattern": "^(?!a"}, "look-around"),
+     ({"pattern": "^(?!(?=a)b)c"}, "look-around"),
      ({"type": "string", "const": 1}, "no value at all"), ({"minimum": 3, "maximum": 2, "type": "number"}, "no value"),
      ({"type": "string", "pattern": "^a$", "minLength": 2}, "no value at all"),
      ({"type": "object", "required": ["a"], "additionalProperties": False}, "no value at all"),

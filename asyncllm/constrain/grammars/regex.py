@@ -71,6 +71,7 @@ _HEX: Final = re.compile(
 _TIMES: Final = {"*": (0, inf), "+": (1, inf), "?": (0, 1)}
 _BRACES: Final = re.compile(r"\{([0-9]+)(?:(,)([0-9]*))?\}")
 _GROUP: Final = re.compile(r"\?(?::|P?<[A-Za-z_]\w*>)")
+_MARKS: Final = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]?|[()|]", re.DOTALL)
 _PROPERTY: Final = re.compile(r"([pP])\{([A-Za-z_=]+)\}")
 _WITHOUT_SPECIAL: Final = frozenset(
     ("Alphabetic", "Lowercase", "Uppercase", "ID_Start", "ID_Continue", "Emoji")
@@ -121,6 +122,26 @@ def escape_at(source: str, at: int) -> tuple[int, int]:
     if not isinstance(found, int):
         parser.fail("has a class where one character is meant")
     return found, parser.at
+
+
+def conjuncts(source: str) -> list[tuple[str, bool]]:
+    """Patterns that a text must match, or must not (False), to match ``source``: each look-ahead
+    right behind a ``^`` that begins it is one of its own."""
+    found: list[tuple[str, bool]] = []
+    begun, depth, leads = 1, 0, source.startswith("^")
+    for mark in _MARKS.finditer(source, 1):
+        if mark[0] == "|" and depth == 0:
+            return [(source, True)]
+        if mark[0] == "(":
+            ahead = source.startswith(("?=", "?!"), mark.end()) and mark.start() == begun
+            leads &= depth > 0 or ahead
+            depth += 1
+        elif mark[0] == ")":
+            depth -= 1
+            if depth == 0 and leads:
+                found.append((f"^(?:{source[begun + 3 : mark.start()]})", source[begun + 2] == "="))
+                begun = mark.end()
+    return [*found, (f"^{source[begun:]}", True)] if found and depth == 0 else [(source, True)]
 
 
 def full(node: Expr) -> Expr:

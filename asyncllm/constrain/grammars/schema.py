@@ -12,7 +12,7 @@ from fractions import Fraction
 from math import inf
 from typing import Final
 
-from asyncllm.constrain.grammars import negation
+from asyncllm.constrain.grammars import negation, regex
 from asyncllm.constrain.grammars.atoms import (
     FREE,
     Array,
@@ -213,10 +213,11 @@ class SchemaResolver:
 
     def _string(self, node: JsonObject, gone: Iterable[Json]) -> Atom | None:
         forms = {StringForm("text", value, False) for value in gone if isinstance(value, str)}
-        for word, holds in (("pattern", True), (negation.PATTERN, False)):
+        for word in ("pattern", negation.PATTERN):
             if word in node:
                 text = self._said(node, word, str, f"a {word} that is no string")
-                forms.add(self._pattern(node, "a pattern", text, holds))
+                parts = regex.conjuncts(text) if word == "pattern" else [(text, False)]
+                forms |= {self._pattern(node, "a pattern", part, holds) for part, holds in parts}
         if (text := self._said(node, "format", str, "a format that is no string", "")) in FORMATS:
             forms.add(StringForm("format", text))
         elif text in UNENFORCED:
