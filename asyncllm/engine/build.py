@@ -253,6 +253,7 @@ class Sizes:
     num_lanes: int
     num_rows: int | None = None  # maximum sampled rows per step; None: one per request
     batch_max_tokens: int
+    graph_tokens: int = 0  # of the largest graph; 0: there are none
     mem_fraction: float
     max_total_token_num: int | None
     asked: WeightTypes = AS_STORED  # requested for linear layers
@@ -277,7 +278,7 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
     division = division_of(spec, sizes.max_len, model)
     weights = model.nbytes
     moving = sizes.moving * division.slot.full
-    work = _work_bytes(model, sizes, device.type == "cuda") + moving
+    work = work_bytes(model, sizes, cuda=device.type == "cuda") + moving
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         # memory that other processes hold on this GPU counts against our share
@@ -386,7 +387,7 @@ class _Unmet(SingleRank):
         return product(x)[: len(x) // self._num_groups]
 
 
-def _work_bytes(model: Model, sizes: Sizes, cuda: bool) -> int:
+def work_bytes(model: Model, sizes: Sizes, *, cuda: bool) -> int:
     """Activations of a full step, float32 logits of all rows (a few copies), tables."""
     rows = min(sizes.num_rows or sizes.num_lanes, sizes.batch_max_tokens)
     counted = 0 if cuda else min(rows, PENALTY_ROWS)  # torch counts tokens in dense rows
@@ -394,7 +395,9 @@ def _work_bytes(model: Model, sizes: Sizes, cuda: bool) -> int:
     attention = model.site.attention
     num_tables = 3 if all(attention.layout.bytes_per_slot()) else 2
     tables = num_tables * sizes.num_lanes * sizes.max_len * 4 + attention.nbytes
-    reserve = CUDA_RESERVE + READING_BYTES if cuda else 0
+    reserve = 0
+    if cuda:  # steps without a graph find no room among the activations of those that have one
+        reserve = CUDA_RESERVE + READING_BYTES + model.work_bytes(sizes.graph_tokens)
     return model.work_bytes(sizes.batch_max_tokens) + logits + tables + reserve
 
 
@@ -410,6 +413,7 @@ def warm_up(
     num_tokens: int,
     *,
     max_len: int,
+    chunk: int | None = None,
     graphs: bool = True,
     in_step: bool = False,
 ) -> None:
@@ -422,6 +426,7 @@ def warm_up(
     Args:
         num_tokens: of the longest chunk.
         max_len: of a sequence; steps that do not fit are shortened or skipped.
+        chunk: tokens of a full step of several requests; None: ``num_tokens``.
         graphs: False: every step is launched kernel by kernel (--disable_cudagraph).
         in_step: groups step together; their plans carry the common step size, which leads to other
             shapes and so to other kernels.
@@ -429,7 +434,7 @@ def warm_up(
     with log.phase("warm-up steps"):
         _try_steps(device, num_tokens, max_len, in_step)
     if graphs and not isinstance(device, CpuDevice):
-        device.capture(num_tokens)
+        device.capture(chunk or num_tokens)
         with log.phase("steps by graphs"):  # replays load some modules at their first use
             _try_steps(device, 16, max_len, in_step)
     elif device.engine.sharing.costs is not None:

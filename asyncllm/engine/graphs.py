@@ -24,10 +24,9 @@ MAX_PREFILL_ROWS = 32
 MAX_DECODE_ROWS = 1024  # per decode step
 MIXED_DECODE_ROWS = 512  # per mixed step
 MIXED_PADDING = 128  # least tokens of padding that cost more than launching kernel by kernel
-GRAPH_CHUNK, GRAPH_DECODE_ROWS = (
-    2048,
-    256,
-)  # the tokens up to which mixed steps of any size have one
+# the tokens up to which mixed steps of any size have one
+GRAPH_CHUNK, GRAPH_DECODE_ROWS = 2048, 256
+MOST_CHUNK = 8192  # of a full step that has one: its activations have memory of their own
 SHARED_SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768)  # decode steps with shared prefixes
 
 K = TypeVar("K", bound=Hashable)
@@ -96,15 +95,17 @@ def decode_sizes(most: int) -> list[int]:
 def mixed_sizes(chunk: int) -> list[int]:
     """Tokens of the mixed buckets: any up to a limit, and those of a full step.
 
-    A step between the two takes longer on the GPU than its launch on the host. Right above usual
-    lengths of prompts, beside which a few rows decode, they are denser.
+    A step between the two, or of a chunk above ``MOST_CHUNK``, takes longer on the GPU than its
+    launch on the host. Right above usual lengths of prompts, beside which a few rows decode, they
+    are denser.
     """
     most = min(chunk, GRAPH_CHUNK) + GRAPH_DECODE_ROWS
     sizes = {*range(64, 1280, 64), *range(1280, most, MIXED_PADDING)}
     sizes |= {length + rows for length in (512, 1024, 2048) for rows in (16, 32)}
     # products of 448 rows take cuBLAS a third longer than those of 512 (an 8B model on an H200)
     sizes = sizes - {448} | {432}
-    return sorted({*(s for s in sizes if s < most), most, max(most, chunk)})
+    full = chunk if most < chunk <= MOST_CHUNK else most
+    return sorted({*(s for s in sizes if s < most), most, full})
 
 
 class DecoderGraphs(GraphSet[Bucket, Tensor]):

@@ -40,6 +40,7 @@ from asyncllm.core.windows import NO_SLOTS, PerSpace, Window
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
+from asyncllm.engine.graphs import mixed_sizes
 from asyncllm.engine.kernel_recording import DryDevice
 from asyncllm.engine.parallel import Group, Ranks, SingleRank
 from asyncllm.engine.step_timing import measure
@@ -110,10 +111,18 @@ def sizes_of(boot: Boot) -> Sizes:
         num_lanes=resolved.running_max_req_size,
         num_rows=most_rows(boot),
         batch_max_tokens=resolved.batch_max_tokens,
+        graph_tokens=_graph_tokens(boot),
         mem_fraction=config.mem_fraction,
         max_total_token_num=config.max_total_token_num,
         moving=moving_tokens(config) if KV_TRANSFER in boot.me.roles else 0,
     )
+
+
+def _graph_tokens(boot: Boot) -> int:
+    """Tokens of the largest CUDA graph; 0: there are none."""
+    if boot.config.disable_cudagraph:
+        return 0
+    return mixed_sizes(boot.resolved.chunked_prefill_size)[-1]
 
 
 def moving_tokens(config: Config) -> int:
@@ -434,6 +443,7 @@ def warm(boot: Boot, device: CpuDevice | CudaDevice | DryDevice) -> None:
         device,
         num_tokens,
         max_len=max_len,
+        chunk=boot.resolved.chunked_prefill_size,
         graphs=not boot.config.disable_cudagraph,
         in_step=boot.topology.in_step,
     )

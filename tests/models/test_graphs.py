@@ -22,6 +22,7 @@ from asyncllm.engine.graphs import (
     GRAPH_DECODE_ROWS,
     MAX_DECODE_ROWS,
     MAX_PREFILL_ROWS,
+    MOST_CHUNK,
     DecoderGraphs,
     decode_sizes,
     mixed_sizes,
@@ -68,8 +69,19 @@ def test_sizes_rise_and_reach_the_most(most: int) -> None:
         assert sizes == sorted(set(sizes))
     assert decode_sizes(most)[-1] == min(most, MAX_DECODE_ROWS)
     assert mixed_sizes(most)[-1] == max(most, min(most, GRAPH_CHUNK) + GRAPH_DECODE_ROWS)
+
     waste = [b / (a + 1) for a, b in zip(decode_sizes(most), decode_sizes(most)[1:], strict=False)]
     assert all(w <= 2 for w in waste)
+
+
+@pytest.mark.parametrize("chunk", [MOST_CHUNK + 1, 16384, 262144, 10**7])
+def test_a_huge_chunk_has_no_graph(chunk: int) -> None:
+    """Its activations would be held twice, and its columns leave the place of graphs' inputs."""
+    assert mixed_sizes(MOST_CHUNK)[-1] == MOST_CHUNK
+    assert mixed_sizes(chunk)[-1] == GRAPH_CHUNK + GRAPH_DECODE_ROWS
+    graphs, uploader = DecoderGraphs(65536, chunk, shares=True), fixed(65536)
+    for bucket in graphs.all():
+        uploader.captured(bucket)
 
 
 @pytest.mark.parametrize("rows", [1, 12, 16, 17, 32])

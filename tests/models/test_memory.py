@@ -26,9 +26,11 @@ from asyncllm.engine.build import (
     Sizes,
     build_model,
     make_model,
+    model_on_paper,
     plan_memory,
     warm_up,
     within,
+    work_bytes,
 )
 from asyncllm.engine.device import CpuDevice
 from asyncllm.engine.engine import Engine, Outputs, PreparedStep
@@ -409,6 +411,14 @@ def test_both_spaces_are_what_the_engine_allocates(
     device = CpuDevice(engine, 1)
     warm_up(device, 64, max_len=256)
     device.close()
+
+
+def test_activations_of_graphs_are_counted_beside_those_of_other_steps(tmp_path: Path) -> None:
+    """CUDA graphs have memory of their own, which a step that is launched cannot use."""
+    make_checkpoint(tmp_path)
+    model = model_on_paper(read_spec(tmp_path), sizes(), CPU)
+    none, some = (work_bytes(model, sizes(graph_tokens=n), cuda=True) for n in (0, 4096))
+    assert some - none == model.work_bytes(4096) > 0
 
 
 def test_a_window_that_is_never_full_is_none(tmp_path: Path) -> None:
