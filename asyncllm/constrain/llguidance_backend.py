@@ -59,6 +59,8 @@ NAMES: Final = {"json": "JSON", "schema": "the JSON schema", "compact": "the JSO
                 "regex": "the regular expression", "ebnf": "the EBNF grammar",
                 "choice": "the choices", "calls": "the tools' parameters"}  # fmt: skip
 _LIMIT: Final = re.compile(r"fuel|too (complex|many|large|big)|limit|exceed", re.IGNORECASE)
+# a limit of the states that matchers of one grammar share: none of them can go on
+_USED_UP: Final = re.compile(r"too many (states|expressions)")
 
 
 class TooSlow(RequestError):
@@ -218,7 +220,8 @@ class GrammarEngine:
         matcher = start.deep_copy()
         data = text.encode(errors="surrogatepass")
         fits = matcher.try_consume_tokens(list(data)) == len(data) and matcher.is_accepting()
-        if matcher.is_error():  # a limit, so that nothing is known
+        if matcher.is_error():  # a limit, so that nothing is known, nor can be with this matcher
+            self._terminals.pop(terminal, None)
             raise _refusal("schema", matcher.get_error())
         return fits
 
@@ -258,8 +261,9 @@ class CompiledGrammar:
         chars: its length, as the library reads it.
 
     Attributes:
-        is_full: all who follow it share the states that outputs have led to, and there are as many
-            as there may be; it must be compiled again.
+        is_full: all who follow it share the states that outputs have led to, and one output has
+            led to more than there may be, or to one that takes too much work; it must be compiled
+            again.
     """
 
     __slots__ = ("chars", "is_full", "matcher")
@@ -391,7 +395,7 @@ class Matcher:
     def _too_slow(self, matcher: LLMatcher) -> TooSlow | None:
         """The reason why a matcher failed, if that is unbounded work."""
         reason, error = matcher.stop_reason(), matcher.get_error()
-        if "too many states" in error:
+        if _USED_UP.search(error):
             self._grammar.is_full = True
         if reason in ("ParserTooComplex", "LexerTooComplex") or _LIMIT.search(error):
             return TooSlow(TOO_SLOW)

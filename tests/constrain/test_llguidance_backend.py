@@ -336,6 +336,29 @@ def test_a_grammar_whose_states_are_used_up_is_compiled_again(monkeypatch: Any) 
     assert key in grammars
 
 
+def test_a_grammar_with_an_output_that_takes_too_much_work_is_compiled_again() -> None:
+    """That limit, too, is one of what all who follow it share."""
+    grammars = walks.byte_grammars()
+    pattern = r"^(?=.*[A-Z])(?=.*\d)(?!.*password).{8,20}$"
+    key = "schema", json.dumps({"type": "string", "pattern": pattern})
+    at, beside = (walks.matcher(grammars, *key) for _ in range(2))
+    with pytest.raises(TooSlow):
+        list(map(at.accept, b'"Apassword'))
+    assert key not in grammars
+    with pytest.raises(TooSlow):
+        list(map(beside.accept, b'"Abcdefg1'))
+    assert walks.takes(walks.matcher(grammars, *key), '"Abcdefg1"')
+
+
+def test_what_is_known_of_terminals_outlives_a_value_that_takes_too_much(monkeypatch: Any) -> None:
+    monkeypatch.setattr(engine, "MAX_STATES", 400)
+    grammars = walks.byte_grammars()
+    told = {"pattern": "^(ab|c){0,2000}$"}
+    with pytest.raises(RequestError, match="too many states"):
+        grammars.build("schema", json.dumps({"const": "ab" * 900, **told}))
+    grammars.build("schema", json.dumps({"const": "ab", **told}))
+
+
 def test_a_limit_is_no_answer_to_whether_a_value_fits(monkeypatch: Any) -> None:
     monkeypatch.setattr(engine, "MAX_STATES", 400)
     schema = {"const": "ab" * 900, "pattern": "^(ab|c){0,2000}$"}
