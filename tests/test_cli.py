@@ -154,6 +154,22 @@ def test_unknown_option_with_nothing_near(capsys: pytest.CaptureFixture[str]) ->
         (["--run_mode", "pd_master", "--tp", "2"], "--tp 2 with --run_mode pd_master: it runs"),
         (["--run_mode", "config_server", "--tp", "2"], "--run_mode config_server: it runs no"),
         (
+            ["--run_mode", "pd_master", "--port", "9000", "--cluster_port", "9000"],
+            "--cluster_port 9000 is --port: HTTP is served there",
+        ),
+        (
+            ["--run_mode", "config_server", "--config_server_port", "9000", "--cluster_port=9000"],
+            "--cluster_port 9000 is --port: HTTP is served there",
+        ),
+        (
+            ["--nnodes", "2", "--tp", "2", "--port", "9000", "--multinode_httpmanager_port=9000"],
+            "--multinode_httpmanager_port 9000 is --port: HTTP is served there",
+        ),
+        (
+            ["--nnodes", "2", "--tp", "4", "--multinode_httpmanager_port", "20002"],
+            "--multinode_httpmanager_port 20002 is a port of rank 1 (--multinode_router_gloo_port",
+        ),
+        (
             ["--run_mode", "config_server", "--port", "1", "--config_server_port", "2"],
             "--port 1 and --config_server_port 2: with --run_mode config_server they mean the same",
         ),

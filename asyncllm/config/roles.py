@@ -20,6 +20,7 @@ GENERATE = (NORMAL, DECODE)  # those that generate more than a first token
 LISTEN = (MASTER, CONFIG_SERVER)  # those that other servers connect to
 
 MOST_PORT = 65535
+_ANY_ADDRESS = ("0.0.0.0", "::")
 ELASTIC = "elastic"
 _FIXED = re.compile(r"([1-9]\d{0,3})p([1-9]\d{0,3})d")
 
@@ -95,7 +96,30 @@ def refusal(config: Config) -> str | None:
             shown = " ".join(value) if isinstance(value, tuple) else value
             given = f"--{name}" if value is True else f"--{name} {shown}"
             return f"{given} with --run_mode {config.run_mode}: {why}"
-    return None if config.run_mode == CONFIG_SERVER else _towards(config)
+    return _same_port(config) or (None if config.run_mode == CONFIG_SERVER else _towards(config))
+
+
+def _same_port(config: Config) -> str | None:
+    """Which two options give one port of one address to two listeners; None: no two do.
+
+    The HTTP port is bound first and listens last, so the system reports nothing before the model
+    is loaded.
+    """
+    if config.run_mode in LISTEN and config.cluster_port == config.port:
+        return f"--cluster_port {config.port} is --port: HTTP is served there; give another"
+    if config.nnodes > 1 and config.node_rank == 0:
+        joining, first = config.multinode_httpmanager_port, config.multinode_router_gloo_port
+        if joining == config.port and config.host in (config.nccl_host, *_ANY_ADDRESS):
+            return (
+                f"--multinode_httpmanager_port {joining} is --port: HTTP is served there; give "
+                "another"
+            )
+        if first <= joining < first + config.tp // config.nnodes:
+            return (
+                f"--multinode_httpmanager_port {joining} is a port of rank {joining - first} "
+                f"(--multinode_router_gloo_port {first}); give another"
+            )
+    return None
 
 
 def second_names(config: Config) -> Iterator[tuple[str, str | int]]:
