@@ -169,9 +169,9 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser that raises ``StartupError`` instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
-        raise StartupError(
-            message.removeprefix("argument ").replace("unrecognized arguments", "unknown argument")
-        )
+        message = message.removeprefix("argument ")
+        message = message.replace("unrecognized arguments", "unknown argument")
+        raise StartupError(message.replace("ignored explicit argument", "takes no value, but has"))
 
 
 class _Formatter(argparse.HelpFormatter):

@@ -66,7 +66,7 @@ def sample(name: str) -> tuple[list[str], object]:
     elif option.needs or option.choices or name in ("dp", "nnodes"):
         value = option.choices[0] if option.default is None else option.default
     else:
-        value = {int: 5, float: 0.5, str: "text"}[option.kind]
+        value = {int: 64, float: 0.5, str: "text"}[option.kind]
         value = "w8a8" if name == "quant_type" else value
         if name == "cors_allow_origins":
             value = "https://example.org:8443"
@@ -142,6 +142,20 @@ def test_unknown_options_suggest_the_nearest(
 ) -> None:
     line = refusal([typed, "1"], capsys)
     assert line.endswith(f"unknown option {typed.partition('=')[0]}; did you mean {near}?\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--log_json=1"], "--log_json: takes no value, but has '1'"),
+        (["--constraint_time_limit", "inf"], "--constraint_time_limit must be a finite number, "),
+        (["--drain_timeout", "nan"], "--drain_timeout must be a finite number, not nan"),
+    ],
+)
+def test_a_switch_has_no_value_and_no_number_is_infinite(
+    argv: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refusal(argv, capsys).startswith(f"asyncllm: {line}")
 
 
 def test_unknown_option_with_nothing_near(capsys: pytest.CaptureFixture[str]) -> None:

@@ -200,7 +200,7 @@ def test_moved_defaults_say_so() -> None:
         ("trust_forwarded_for", ("10.0.0.1", "proxy.local")),
         ("max_body_size", 0),
         ("body_timeout", 0.0),
-        ("max_header_size", 0),
+        ("max_header_size", 63),
         ("max_headers", 0),
         ("keep_alive_timeout", float("inf")),
         ("ssl_certfile", ""),

@@ -77,7 +77,7 @@ class AccessOptions:
         help="time limit for receiving a request body; slower ones are answered 408",
     )  # fmt: skip
     max_header_size: int = flag(
-        8192, check=between(1, 1 << 20), metavar="BYTES",
+        8192, check=between(64, 1 << 20), metavar="BYTES",
         help="maximum length of the request line and of each header; longer ones are answered 431",
     )  # fmt: skip
     max_headers: int = flag(

@@ -58,6 +58,8 @@ class Flag:
         for item in value if isinstance(value, tuple) else (value,):
             if item is None and self.default is None:
                 continue
+            if isinstance(item, float) and not math.isfinite(item):
+                return f"must be a finite number, not {item!r}"
             if self.choices and item not in self.choices:
                 return f"must be one of {', '.join(self.choices)}, not {item!r}"
             if self.check is not None and (wrong := self.check(item)) is not None:
@@ -76,13 +78,11 @@ def between(low: int, high: int) -> Check:
 
 
 def at_least(low: float) -> Check:
-    return lambda value: (
-        None if value >= low and math.isfinite(value) else f"must be at least {low}"
-    )
+    return lambda value: None if value >= low else f"must be at least {low}"
 
 
 def above_zero(value: float) -> str | None:
-    return None if 0 < value < math.inf else "must be above 0"
+    return None if value > 0 else "must be above 0"
 
 
 def unit_interval(value: float) -> str | None:

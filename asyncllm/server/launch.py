@@ -275,6 +275,8 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
         context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password="")
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        if isinstance(error, ssl.SSLError):
+            reason = f"no PEM certificate chain with its private key (--ssl_keyfile): {reason}"
         raise StartupError(f"--ssl_certfile {config.ssl_certfile}: {reason}") from None
     return context
 
