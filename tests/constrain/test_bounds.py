@@ -12,7 +12,7 @@ import pytest
 
 from asyncllm.constrain.llguidance_backend import GrammarEngine, TooSlow
 from asyncllm.errors import RequestError
-from asyncllm.text import load_tokenizer
+from asyncllm.text import ModelTokenizer, load_tokenizer
 from tests.constrain.walks import allowed
 
 EOS = 2
@@ -22,8 +22,12 @@ COMPILE_S, STEP_S = 2.0, 0.25
 
 
 @pytest.fixture(scope="module")
-def grammars(demo_dir: Path) -> GrammarEngine:
-    text = load_tokenizer(str(demo_dir))
+def text(demo_dir: Path) -> ModelTokenizer:
+    return load_tokenizer(str(demo_dir))
+
+
+@pytest.fixture(scope="module")
+def grammars(text: ModelTokenizer) -> GrammarEngine:
     return GrammarEngine(text.pieces, 49152, (EOS,), text.special)
 
 
@@ -96,3 +100,25 @@ def test_compiling_and_following_have_an_end(grammars: GrammarEngine, name: str)
         finally:
             slowest = max(slowest, thread_time() - begun)
     assert slowest < STEP_S
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"^(?=.*[A-Z])(?=.*\d)(?!.*password).{8,20}$",
+        r"^(?=.*[a-z])(?=.*[A-Z])(?=.*\d)(?=.*[^\w]).{8,128}$",
+        r"^(?=.*[a-z])(?=.*[A-Z])(?=.*\d)(?=.*[@$!%*?&])[A-Za-z\d@$!%*?&]{8,32}$",
+    ],
+)
+def test_what_is_usual_for_passwords_is_within_the_bounds(
+    grammars: GrammarEngine, text: ModelTokenizer, pattern: str
+) -> None:
+    """The tokens of a real vocabulary look many characters ahead at once."""
+    source = json.dumps({"type": "string", "pattern": pattern})
+    grammars.keep("schema", source, grammars.build("schema", source))
+    at = grammars.constrain("schema", source)
+    at.start()
+    for byte in b'"Abc12%xyz0':
+        at.accept(text.pieces.index(bytes([byte])))
+    assert not at.accept(text.pieces.index(b"1"))
+    assert text.pieces.index(b'"') in allowed(at)
