@@ -180,6 +180,10 @@ def test_unknown_option_with_nothing_near(capsys: pytest.CaptureFixture[str]) ->
             "--multinode_httpmanager_port 9000 is --port: HTTP is served there",
         ),
         (
+            ["--nnodes", "2", "--tp", "2", "--nccl_host", "0.0.0.0", "--port", "12345"],
+            "--multinode_httpmanager_port 12345 is --port: HTTP is served there",
+        ),
+        (
             ["--nnodes", "2", "--tp", "4", "--multinode_httpmanager_port", "20002"],
             "--multinode_httpmanager_port 20002 is a port of rank 1 (--multinode_router_gloo_port",
         ),

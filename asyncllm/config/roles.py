@@ -109,7 +109,8 @@ def _same_port(config: Config) -> str | None:
         return f"--cluster_port {config.port} is --port: HTTP is served there; give another"
     if config.nnodes > 1 and config.node_rank == 0:
         joining, first = config.multinode_httpmanager_port, config.multinode_router_gloo_port
-        if joining == config.port and config.host in (config.nccl_host, *_ANY_ADDRESS):
+        hosts = {config.host, config.nccl_host}
+        if joining == config.port and (len(hosts) == 1 or hosts & {*_ANY_ADDRESS}):
             return (
                 f"--multinode_httpmanager_port {joining} is --port: HTTP is served there; give "
                 "another"
