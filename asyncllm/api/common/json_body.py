@@ -26,8 +26,9 @@ _STRUCTURE: Final = b"[]{},"
 _NOT_STRUCTURE: Final = bytes(set(range(256)) - set(_STRUCTURE))
 _DIGITS: Final = bytes(ord("1") if byte in b"0123456789" else ord(" ") for byte in range(256))
 _LONG: Final = b"1" * (MAX_DIGITS + 1)
-# what may be in a number beyond double precision, which json reads as infinity
-_HUGE: Final = (b"e111", b"e+111", b"1" * 300)
+# what may be in a number beyond double precision, which json reads as infinity: three digits of an
+# exponent, or so many before two
+_HUGE: Final = (b"e111", b"e+111", b"1" * 200)
 _NUMERIC: Final = bytes(
     dict(zip(b"eE+", b"ee+", strict=True)).get(byte, _DIGITS[byte]) for byte in range(256)
 )
