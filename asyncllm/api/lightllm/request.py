@@ -145,7 +145,7 @@ class CommonParameters(SamplingFields):
 class NativeParameters(CommonParameters):
     n: NumChoices = Field(1, description="choices; 1 on /generate_stream")
     best_of: NumChoices | None = Field(None, description="only equal to n")
-    seed: Seed = Field(-1, description="same seed, same tokens; -1: draw one")
+    seed: Seed = Field(-1, description="same seed, same tokens but for rounding; -1: draw one")
     return_details: bool = Field(
         False, description="each token in the answer, as streams have them anyway"
     )

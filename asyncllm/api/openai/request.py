@@ -154,7 +154,8 @@ class CommonRequest(SamplingFields):
         "one, is the end of it",
     )
     seed: Seed = Field(
-        -1, description="same seed, same tokens; choice i of n has seed + i; -1: draw one"
+        -1,
+        description="same seed, same tokens but for rounding; choice i of n has seed + i; -1: draw one",
     )
     n: NumChoices = Field(1, description="choices for each prompt")
     response_format: ResponseFormat | None = Field(

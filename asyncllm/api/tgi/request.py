@@ -83,7 +83,7 @@ class TgiParameters(CommonParameters):
         "streams",
     )
     seed: Annotated[Integer, Range(0, MAX_SEED)] | None = Field(
-        None, description="same seed, same tokens; absent: draw one"
+        None, description="same seed, same tokens but for rounding; absent: draw one"
     )
     stop: Stop = Field(
         default_factory=list,
