@@ -5,11 +5,12 @@ Manages processes only. Does not import torch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -17,6 +18,7 @@ from asyncllm.actors.heartbeats import Heartbeats
 from asyncllm.environment import child_environment, cores_each
 from asyncllm.server import signals
 
+KILLED_S = 2.0
 MOST = 15  # more are started when it is known that they are needed
 
 
@@ -34,6 +36,15 @@ def spawn(num_threads: int, fds: Sequence[int], *words: str) -> subprocess.Popen
             pass_fds=fds,
             env=child_environment(OMP_NUM_THREADS=str(num_threads)),
         )
+
+
+def kill(processes: Collection[subprocess.Popen[bytes]]) -> None:
+    """Kill them and wait a little for their ends."""
+    for process in processes:
+        process.kill()
+    for process in processes:  # one that hangs in a driver is left to the kernel
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(KILLED_S)
 
 
 class EarlyRanks:
@@ -65,10 +76,10 @@ class EarlyRanks:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        kill(self._waiting)
         for process in self._waiting:
-            process.kill()
-        for process in self._waiting:
-            process.communicate()
+            assert process.stdin is not None
+            process.stdin.close()
 
     def take(self) -> subprocess.Popen[bytes] | None:
         """The next one, in the order of devices; None: there are no more."""

@@ -28,13 +28,13 @@ from asyncllm.actors.transport import tcp
 from asyncllm.codec import protocol
 from asyncllm.config import Config, ResolvedConfig
 from asyncllm.errors import Mismatch, StartupError
+from asyncllm.server import early_ranks
 from asyncllm.server.early_ranks import EarlyRanks, spawn
 from asyncllm.topology import Contract, Endpoint, Topology
 
 EXIT_GRACE_S = 5.0
 EXIT_FAILED = 1  # of a process that ends because something in it failed, e.g. a collective
 FOLDERS = Path("/tmp")
-KILLED_S = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -212,11 +212,7 @@ class Children:
         """Kill every child. Thread-safe; works even if the loop hangs."""
         self._leaving = True
         processes = [*(process for _, process in [*self._running.values()]), *self._workers]
-        for process in processes:
-            process.kill()
-        for process in processes:  # a process that hangs in a driver is left to the kernel
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(KILLED_S)
+        early_ranks.kill(processes)
 
 
 def watch_parent(parent: int, orphaned: Callable[[], object]) -> None:
