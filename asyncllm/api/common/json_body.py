@@ -26,12 +26,6 @@ _STRUCTURE: Final = b"[]{},"
 _NOT_STRUCTURE: Final = bytes(set(range(256)) - set(_STRUCTURE))
 _DIGITS: Final = bytes(ord("1") if byte in b"0123456789" else ord(" ") for byte in range(256))
 _LONG: Final = b"1" * (MAX_DIGITS + 1)
-# what may be in a number beyond double precision, which json reads as infinity: three digits of an
-# exponent, or so many before two
-_HUGE: Final = (b"e111", b"e+111", b"1" * 200)
-_NUMERIC: Final = bytes(
-    dict(zip(b"eE+", b"ee+", strict=True)).get(byte, _DIGITS[byte]) for byte in range(256)
-)
 _STEP: Final = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
@@ -53,10 +47,8 @@ def load(raw: bytes, max_values: int = MIN_VALUES) -> dict[str, object]:
     try:
         # JSON is UTF-8; given bytes, json.loads would try UTF-16 and UTF-32 too, which
         # _check cannot read
-        numeric = raw.translate(_NUMERIC)
-        read_float = _finite if any(each in numeric for each in _HUGE) else None
         value = json.loads(
-            raw.decode("utf-8-sig"), parse_constant=_no_constant, parse_float=read_float
+            raw.decode("utf-8-sig"), parse_constant=_no_constant, parse_float=_finite
         )
     except RecursionError:
         reject("the body is nested too deeply")
