@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import gc
 import re
 import sys
 import textwrap
@@ -21,7 +20,7 @@ from typing import Any, NoReturn
 from asyncllm import __version__, log
 from asyncllm.config import FLAGS, OPERATION, TOPICS, Config, Flag, roles
 from asyncllm.config.foreign import FOREIGN, ForeignOption
-from asyncllm.environment import has_cuda, quiet_libraries
+from asyncllm.environment import has_cuda, imports_that_stay, quiet_libraries
 from asyncllm.errors import StartupError
 from asyncllm.server import signals
 from asyncllm.server.compile_helper import CompileHelper
@@ -88,11 +87,8 @@ def main(argv: list[str] | None = None) -> int:
                 early = stack.enter_context(EarlyRanks(others, cuda=ahead is not None))
             if ahead is not None:
                 open_early(0)
-            gc.disable()
-            from asyncllm.rank import serve  # takes seconds: torch
-
-            gc.freeze()  # what is imported stays: no collection needs to look at it
-            gc.enable()
+            with imports_that_stay():
+                from asyncllm.rank import serve  # takes seconds: torch
             return serve(config, ahead, early)
     except StartupError as error:
         return _refuse(error)

@@ -5,7 +5,10 @@ The only module that reads environment variables. Knows no command-line options.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -131,3 +134,14 @@ def quiet_libraries() -> None:
     """
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY"):
         os.environ.setdefault(name, "1")
+
+
+@contextlib.contextmanager
+def imports_that_stay() -> Iterator[None]:
+    """Around imports that take seconds: no garbage collection looks at what they leave."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

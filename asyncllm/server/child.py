@@ -7,9 +7,9 @@ is given, and opens its GPU (number, of those that are visible) while torch is i
 
 from __future__ import annotations
 
-import gc
 import sys
 
+from asyncllm.environment import imports_that_stay
 from asyncllm.server.cuda_context import open_early
 from asyncllm.server.signals import die_with_parent, end, leave_to_leader
 
@@ -23,16 +23,14 @@ def main() -> int:
         die_with_parent(parent)
     if device is not None:
         open_early(device)
-    gc.disable()
-    if kind == "serve":  # both take seconds: torch
-        from asyncllm.rank import child as work
-    else:
-        from asyncllm.server.compile_kernels import import_rest
-        from asyncllm.server.compile_kernels import main as work
+    with imports_that_stay():
+        if kind == "serve":  # both take seconds: torch
+            from asyncllm.rank import child as work
+        else:
+            from asyncllm.server.compile_kernels import import_rest
+            from asyncllm.server.compile_kernels import main as work
 
-        import_rest()
-    gc.freeze()  # what is imported stays: no collection needs to look at it
-    gc.enable()
+            import_rest()
     return work()
 
 
