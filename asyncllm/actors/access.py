@@ -133,7 +133,8 @@ class AccessControl:
             "Access-Control-Allow-Methods": "GET, HEAD, POST, DELETE",
             "Access-Control-Max-Age": PREFLIGHT_S,
         }
-        if names := request.headers.get("Access-Control-Request-Headers"):
+        names = request.headers.get("Access-Control-Request-Headers", "")
+        if names and names.isascii():  # else it is no list of names, nor text that can be sent
             headers["Access-Control-Allow-Headers"] = names
         return web.Response(status=204, headers=headers)
 

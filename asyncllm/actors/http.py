@@ -426,6 +426,13 @@ class HttpRoutes:
         return response
 
     async def _guarded(self, route: Handler, request: web.Request) -> web.StreamResponse:
+        expected = request.headers.get("Expect", "")
+        if expected and expected.lower() != "100-continue":
+            # aiohttp would answer in text, which cannot hold every byte of a header
+            request[COUNTED] = True
+            self._front.count(NO_ROUTE, errors.Unexpected.status)
+            message = f"Expect: {validation.preview(expected)} is not 100-continue"
+            return self._error(request, errors.Unexpected(message))
         try:
             return await route(request)
         except RequestError as error:
@@ -438,10 +445,6 @@ class HttpRoutes:
             response = self._error(request, errors.WrongMethod(message))
             response.headers["Allow"] = allowed
             return response
-        except web.HTTPExpectationFailed:
-            expected = validation.preview(request.headers.get("Expect"))
-            message = f"Expect: {expected} is not 100-continue"
-            return self._error(request, errors.Unexpected(message))
         except web.HTTPException as error:
             return self._error(
                 request, errors.from_failure(Failure(error.reason, status=error.status))

@@ -252,6 +252,17 @@ async def test_cors(server: Server) -> None:
 
 
 @live(access=Access(origins=("*",)))
+async def test_what_is_no_text_is_not_sent_back(server: Server) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    asks = b"Access-Control-Request-Method: POST\r\nAccess-Control-Request-Headers: \xff\r\n"
+    writer.write(b"OPTIONS / HTTP/1.1\r\nHost: x\r\nOrigin: \xff\r\n%b\r\n" % asks)
+    head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 204 ")
+    assert b"Allow-Headers" not in head
+    writer.close()
+
+
+@live(access=Access(origins=("*",)))
 async def test_cors_for_all(server: Server) -> None:
     async with server.http.get(server.url + "/health", headers={"Origin": "null"}) as response:
         assert response.headers["Access-Control-Allow-Origin"] == "*"

@@ -216,6 +216,7 @@ async def test_large_bodies_leave_the_loop_its_turns(server: Server) -> None:
             "expectation_failed",
         ),
         (b"GET /nope HTTP/1.1\r\nHost: x\r\nExpect: foo\r\n\r\n", 417, "expectation_failed"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nExpect: \xff\r\n\r\n", 417, "expectation_failed"),
     ],
 )
 def test_what_is_no_http_gets_the_error_object(data: bytes, status: int, code: str) -> None:

@@ -6,6 +6,7 @@ cannot be. Knows the JSON of tools and of the choice between them; knows no othe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Final, Literal
@@ -41,10 +42,13 @@ HOSTED: Final = (
     "web_search", "web_search_preview", "file_search", "code_interpreter", "image_generation",
     "computer", "computer_use_preview", "local_shell", "shell", "apply_patch", "mcp", "tool_search",
 )  # fmt: skip
+# bounded, since an answer's header names them
+_HOSTED_KIND: Final = re.compile(f"^({'|'.join(HOSTED)})([_-]20[0-9_-]{{0,16}})?$")
 
 
 def _undated(kind: str) -> str:
-    return next((k for k in HOSTED if kind.startswith((f"{k}_20", f"{k}-20"))), kind)
+    found = _HOSTED_KIND.fullmatch(kind)
+    return found[1] if found else kind
 
 
 _KNOWN = TaggedUnion(other="tools of type {} are not available", fold=_undated)
@@ -80,7 +84,7 @@ class HostedTool(RequestModel):
     kinds: ClassVar = HOSTED
     type: Annotated[
         str,
-        WithJsonSchema({"type": "string", "pattern": f"^({'|'.join(HOSTED)})([_-]20.*)?$"}),
+        WithJsonSchema({"type": "string", "pattern": _HOSTED_KIND.pattern}),
     ]
 
 
@@ -214,9 +218,13 @@ def responses_tools(given: Sequence[_AnyTool]) -> ResponsesTools:
             reject(f"{at}: there is another tool {preview(told)}", f"{at}.name")
         by_name[told] = ClientTool(tool.name, namespace, isinstance(each, FreeTextTool))
         made.append(tool if told == tool.name else replace(tool, name=told))
+    if len(omitted := tuple(dict.fromkeys(hosted))) > MAX_TOOLS:
+        reject(
+            f"tools: {len(omitted)} types of tools that run elsewhere, at most {MAX_TOOLS}", "tools"
+        )
     if why := tool_request.too_much(made):
         reject(f"tools{why}", "tools")
-    return ResponsesTools(tuple(made), by_name, tuple(dict.fromkeys(hosted)))
+    return ResponsesTools(tuple(made), by_name, omitted)
 
 
 def responses_choice(

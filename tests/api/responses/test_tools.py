@@ -58,6 +58,16 @@ def test_hosted_tools_are_left_out_and_named() -> None:
     assert only.generation.params.grammar is None
 
 
+@pytest.mark.parametrize("behind", ["\r\nSet-Cookie: a=b", "\n", "\0", "\ud800", "é", "0" * 99])
+def test_a_header_that_names_left_out_tools_can_be_sent(behind: str) -> None:
+    with pytest.raises(RequestError, match=r"tools\[0\]: tools of type"):
+        ask(tools=[{"type": f"web_search_20{behind}"}])
+    many = [{"type": f"mcp_20{i:03}"} for i in range(129)]
+    assert len(ask(tools=many[1:]).generation.omitted_tools) == 128
+    with pytest.raises(RequestError, match="129 types of tools"):
+        ask(tools=many)
+
+
 @pytest.mark.parametrize(
     ("choice", "forced"),
     [
