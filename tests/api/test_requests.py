@@ -600,7 +600,7 @@ def test_native_inputs_and_media() -> None:
             lightllm.generate({"inputs": inputs}, SERVED, stream=False)
         assert caught.value.param == f"inputs{at}"
     images = {"inputs": "x", "multimodal_params": {"images": [{"type": "url", "data": "u"}]}}
-    with pytest.raises(NotAvailable, match="images is not available"):
+    with pytest.raises(NotAvailable, match="image input is not available"):
         lightllm.generate(images, SERVED, stream=False)
 
 

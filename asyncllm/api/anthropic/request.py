@@ -123,7 +123,7 @@ class OutputFormat(RequestModel):
 
 
 class OutputConfig(RequestModel):
-    refused: ClassVar = {"task_budget": Unavailable("a budget of a task")}
+    refused: ClassVar = {"task_budget": Unavailable("a task budget")}
     effort: UnicodeStr | None = None
     format: OutputFormat | None = None
 
@@ -160,14 +160,14 @@ class CountRequest(RequestModel):
     }
     ignored: ClassVar = {
         "cache_control": "the prefix cache needs no hints",
-        "service_tier": "all requests have one",
-        "fallbacks": "there is one model, and it declines nothing by a policy",
+        "service_tier": "there is only one service tier",
+        "fallbacks": "there is only one model, and no policy by which it declines",
         "fallback_credit_token": _BILLING,
         "billing_policy": _BILLING,
         "user_profile_id": _BILLING,
         "workspace_id": _BILLING,
-        "betas": "what a beta adds is honoured or refused by its own field",
-        "diagnostics": "it asks about another server's cache",
+        "betas": "the fields of a beta are honoured or refused by name",
+        "diagnostics": "it asks about the cache of Anthropic's servers",
     }
     model: ModelName = None
     messages: Annotated[Items[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
@@ -192,33 +192,33 @@ class CountRequest(RequestModel):
     )
     thinking: Annotated[ThinkingMode | ThinkingBudget, TaggedUnion()] | None = Field(
         None,
-        description="{type: enabled, budget_tokens}, adaptive or disabled; display: omitted does not "
-        "show it. Absent: as the chat template has it",
+        description="{type: enabled, budget_tokens}, adaptive or disabled; display: omitted hides it. "
+        "Default: what the chat template does",
     )
     output_config: OutputConfig = Field(
         default_factory=OutputConfig,
-        description="{effort, format}: effort is handed to the chat template; format {type: "
+        description="{effort, format}: effort is passed to the chat template; format {type: "
         "json_schema, schema}: the output is valid against the schema",
     )
     context_management: ContextManagement | None = Field(
         None,
-        description="{edits: [{type: clear_thinking_20251015, keep}]}: reasoning is left out of "
-        "assistant turns but the last ones that have any (keep: {type: thinking_turns, value}, 1 if "
-        "absent; all: of none)",
+        description="{edits: [{type: clear_thinking_20251015, keep}]}: reasoning is removed from all "
+        "assistant turns but the last ones that have any (keep: {type: thinking_turns, value}; "
+        "default: 1 turn; all: keep every turn)",
     )
     output_format: OutputFormat | None = Field(
-        None, description="the older name of output_config.format"
+        None, description="older name for output_config.format"
     )
 
 
 class MessageRequest(CountRequest):
     refused: ClassVar = {**CountRequest.refused, "container": Unavailable("a container")}
-    ignored: ClassVar = {**CountRequest.ignored, "metadata": "nothing is kept of users"}
-    max_tokens: Positive = Field(description="tokens to generate at most")
+    ignored: ClassVar = {**CountRequest.ignored, "metadata": "nothing is stored about users"}
+    max_tokens: Positive = Field(description="maximum number of tokens to generate")
     stop_sequences: Annotated[Items[StopString], Field(max_length=MAX_STOP)] = Field(
         default_factory=list,
-        description=f"at most {MAX_STOP} strings of at most {MAX_STOP_CHARS} characters; cut from "
-        "the text",
+        description=f"at most {MAX_STOP} strings of at most {MAX_STOP_CHARS} characters; removed "
+        "from the text",
     )
     temperature: Annotated[Float, Range(0, 1)] = Field(1.0, description="0: greedy")
     top_p: TopP = 1.0

@@ -281,10 +281,16 @@ Positive = Annotated[Integer, Range(1, MAX_INT32)]
 NonNegative = Annotated[Integer, Range(0, MAX_INT32)]
 Probability = Annotated[Float, Range(0, 1)]
 TopP = Annotated[
-    Probability, Field(description="smallest set of tokens with this probability; 0: greedy")
+    Probability,
+    Field(
+        description="sample from the smallest set of tokens with at least this total probability; "
+        "0: greedy"
+    ),
 ]
 TopK = Annotated[
-    Integer, Range(-1, MAX_INT32), Field(description="this many best tokens; -1 or 0: all")
+    Integer,
+    Range(-1, MAX_INT32),
+    Field(description="sample from this many most likely tokens; -1 or 0: all"),
 ]
 Streamed = Annotated[bool, Field(description="answer as server-sent events")]
 WithSpecialTokens = Annotated[

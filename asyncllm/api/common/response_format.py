@@ -124,7 +124,7 @@ def not_empty(value: object) -> object:
     return value
 
 
-_ITS_OWN: Final = "vLLM notes there which of its backends it has chosen"
+_ITS_OWN: Final = "vLLM's own note of the backend it chose"
 
 
 class StructuredOutputs(RequestModel):
@@ -136,7 +136,7 @@ class StructuredOutputs(RequestModel):
         "disable_additional_properties": Unavailable("closing open objects", False),
     }
     ignored: ClassVar = {
-        "disable_fallback": "there is one backend, and no other to fall back to",
+        "disable_fallback": "there is only one backend, so no fallback",
         "_backend": _ITS_OWN,
         "_backend_was_auto": _ITS_OWN,
     }
@@ -176,7 +176,7 @@ class StructuredOutputs(RequestModel):
 
 
 ALWAYS_STRICT: Final = "every output is valid against its schema"
-_TOLD: Final = "the prompt does not tell of the schema"
+_TOLD: Final = "it is not put into the prompt"
 
 
 class FreeFormat(RequestModel):
@@ -244,7 +244,7 @@ def other_names(told: str, *own: str) -> dict[str, Unavailable]:
     Args:
         own: names that mean something there.
     """
-    why = Unavailable(f"this name of the output's form (here: {told})", "", False, [], {})
+    why = Unavailable(f"this name for structured output (use {told})", "", False, [], {})
     return {name: why for name in _NAMES if name not in own}
 
 

@@ -90,7 +90,9 @@ class SamplingFields(RequestModel):
     top_p: TopP = 1.0
     top_k: TopK = -1
     min_p: Probability = Field(
-        0.0, description="tokens at least this share of the best one's probability"
+        0.0,
+        description="sample from tokens with at least this share of the most likely one's "
+        "probability",
     )
     presence_penalty: Annotated[Float, Range(-2, 2)] = Field(
         0.0, description="subtracted once from the logit of each generated token"
@@ -100,7 +102,7 @@ class SamplingFields(RequestModel):
     )
     repetition_penalty: RepetitionPenalty = Field(
         1.0,
-        description="divides positive, multiplies negative logits of generated tokens",
+        description="divides positive logits of generated tokens, multiplies negative ones",
     )
     exponential_decay_length_penalty: LengthPenalty | None = Field(
         None,
@@ -115,10 +117,10 @@ class SamplingFields(RequestModel):
     )
     allowed_token_ids: Annotated[Items[Token], Field(max_length=MAX_ALLOWED)] = Field(
         default_factory=list,
-        description=f"at most {MAX_ALLOWED} ids: no others come, but end tokens unless ignore_eos; "
-        "not with a grammar",
+        description=f"at most {MAX_ALLOWED} ids; only these are generated, and end tokens unless "
+        "ignore_eos is set; cannot be combined with a grammar",
     )
-    ignore_eos: bool = Field(False, description="go on after the end-of-sequence token")
+    ignore_eos: bool = Field(False, description="continue after the end-of-sequence token")
     skip_special_tokens: bool = Field(True, description="leave special tokens out of the text")
 
     def unchanged(self, served: ServedModel, at: str = "") -> Unchanged:

@@ -83,7 +83,7 @@ class CommonParameters(SamplingFields):
     }
     ignored: ClassVar = dict.fromkeys(
         ("group_request_id", "suggested_dp_index", "pd_master_node_id", "pd_kv_trans_params"),
-        "LightLLM sets it itself, and its clients only by accident",
+        "LightLLM sets it internally; clients only send it by accident",
     )
     do_sample: bool = Field(
         False, description="false: greedy, whatever temperature, top_p and top_k say"
@@ -92,19 +92,20 @@ class CommonParameters(SamplingFields):
     input_penalty: bool = Field(
         False, description="repetition_penalty counts the prompt's tokens too"
     )
-    max_new_tokens: Positive | None = Field(None, description="absent: what fits into the context")
-    min_new_tokens: NonNegative = Field(1, description="eos and stop tokens are banned before")
+    max_new_tokens: Positive | None = Field(
+        None, description="default: as many as fit into the context"
+    )
+    min_new_tokens: NonNegative = Field(1, description="end and stop tokens are banned until then")
     stop_sequences: StopSequences | None = Field(
         None,
         description=f"a string, or an array of at most {MAX_STOP} strings and arrays of token ids, at "
-        f"most {MAX_SEQUENCE} each; what stopped the text is cut from it",
+        f"most {MAX_SEQUENCE} each; what stopped the text is removed from it",
     )
     skip_special_tokens: bool = Field(False, description="leave special tokens out of the text")
     add_special_tokens: WithSpecialTokens = True
     add_spaces_between_special_tokens: bool = Field(
         True,
-        description="false: no spaces between special tokens; no tokenizer here puts any, so true is "
-        "the same",
+        description="no effect: no supported tokenizer puts spaces between special tokens",
     )
     print_eos_token: bool = Field(
         False, description="show the text of the token that ended the request"
@@ -115,14 +116,14 @@ class CommonParameters(SamplingFields):
         "characters",
     )
     guided_grammar: GrammarText = Field(
-        "", description="rules in EBNF; the output is a `root`; json: any JSON object"
+        "", description="EBNF rules; the output is a `root`; json: any JSON object"
     )
     guided_json: SchemaOrText = Field(
         None, description="a JSON schema, as an object or a string: the output is valid against it"
     )
     prompt_logprobs: Annotated[Integer, Range(-1, MAX_LOGPROBS)] = Field(
         -1,
-        description="log-probabilities of the prompt's tokens and of this many best ones",
+        description="log-probabilities of the prompt's tokens and of this many most likely ones at each position",
     )
     disable_prompt_cache: bool = Field(False, description="neither use nor fill the cache")
 
@@ -143,29 +144,33 @@ class CommonParameters(SamplingFields):
 
 
 class NativeParameters(CommonParameters):
-    n: NumChoices = Field(1, description="choices; 1 on /generate_stream")
-    best_of: NumChoices | None = Field(None, description="only equal to n")
-    seed: Seed = Field(-1, description="same seed, same tokens but for rounding; -1: draw one")
+    n: NumChoices = Field(1, description="number of choices; 1 on /generate_stream")
+    best_of: NumChoices | None = Field(None, description="must equal n")
+    seed: Seed = Field(
+        -1, description="same seed, same tokens, except for rounding; -1: a random seed"
+    )
     return_details: bool = Field(
-        False, description="each token in the answer, as streams have them anyway"
+        False, description="return details of each token (streams always do)"
     )
 
 
 class Media(RequestModel):
     refused: ClassVar = {
-        "images": Unavailable("input of images", []),
-        "audios": Unavailable("input of audio", []),
+        "images": Unavailable("image input", []),
+        "audios": Unavailable("audio input", []),
     }
 
 
 class InputsRequest(RequestModel):
     """A body around parameters."""
 
-    refused: ClassVar = {"sampling_params": Unavailable("SGLang's name of parameters", {})}
+    refused: ClassVar = {"sampling_params": Unavailable("SGLang's name for parameters", {})}
     inputs: Annotated[Prompt, Checked(_inputs, str | Annotated[list[Token], Len(1)])] = Field(
         description="the prompt: a string or an array of token ids"
     )
-    multimodal_params: Media | None = Field(None, description="there may be none")
+    multimodal_params: Media | None = Field(
+        None, description="must be empty: there is no image or audio input"
+    )
 
 
 class NativeRequest(InputsRequest):
@@ -187,14 +192,16 @@ class TokensRequest(RequestModel):
     parameters: TokensParameters = Field(
         default_factory=TokensParameters, description="add_special_tokens, as in /generate"
     )
-    multimodal_params: Media | None = Field(None, description="there may be none")
+    multimodal_params: Media | None = Field(
+        None, description="must be empty: there is no image or audio input"
+    )
 
 
 class AbortRequest(RequestModel):
     request_id: UnicodeStr = Field(
         "", description="the X-Request-Id that the request came with, or the id of its answer"
     )
-    abort_all: bool = Field(False, description="every request of the server instead")
+    abort_all: bool = Field(False, description="abort every request of the server")
 
 
 class _StreamFlag(RequestModel):

@@ -113,8 +113,10 @@ class StreamOptions(RequestModel):
     model_config = ConfigDict(json_schema_extra=_mark)
     ignored: ClassVar = {"include_obfuscation": "chunks are not padded"}
 
-    include_usage: bool = Field(False, description="a chunk with the usage at the end")
-    continuous_usage_stats: bool = Field(False, description="the usage so far in every chunk")
+    include_usage: bool = Field(False, description="send a chunk with the usage at the end")
+    continuous_usage_stats: bool = Field(
+        False, description="include the usage so far in every chunk"
+    )
 
 
 class CommonRequest(SamplingFields):
@@ -126,41 +128,44 @@ class CommonRequest(SamplingFields):
     refused: ClassVar = REFUSED
     ignored: ClassVar = IGNORED
     max_tokens: NonNegative | None = Field(
-        None, description="tokens to generate at most; absent: what fits into the context"
+        None,
+        description="maximum number of tokens to generate; default: as many as fit into the context",
     )
     max_completion_tokens: NonNegative | None = Field(
-        None, description="the newer name of max_tokens; wins over it"
+        None, description="newer name for max_tokens; takes precedence"
     )
-    min_tokens: NonNegative = Field(0, description="eos and stop tokens are banned before")
+    min_tokens: NonNegative = Field(0, description="end and stop tokens are banned until then")
     do_sample: bool = Field(
         True, description="false: greedy, whatever temperature, top_p and top_k say"
     )
     temperature: Annotated[Float, Range(0, 2)] = Field(1.0, description="0: greedy")
     repetition_penalty: RepetitionPenalty = Field(
         1.0,
-        description="divides positive, multiplies negative logits of prompt and generated tokens",
+        description="divides positive logits of prompt and generated tokens, multiplies negative ones",
     )
     stop: Stop = Field(
         default_factory=list,
         description=f"a string or at most {MAX_STOP} of them, each of at most {MAX_STOP_CHARS} "
-        "characters; cut from the text. That of a special token stops at it, shown or not",
+        "characters; removed from the text. The text of a special token stops at that token, even "
+        "if special tokens are not shown",
     )
     stop_token_ids: Annotated[Items[Token], Field(max_length=MAX_STOP_IDS)] = Field(
         default_factory=list, description=f"ids that end the text, at most {MAX_STOP_IDS}"
     )
     include_stop_str_in_output: bool = Field(
         False,
-        description="the stop string that ended the text, or the stop token unless it is a special "
-        "one, is the end of it",
+        description="keep the stop string that ended the text, or the stop token unless it is a "
+        "special one",
     )
     seed: Seed = Field(
         -1,
-        description="same seed, same tokens but for rounding; choice i of n has seed + i; -1: draw one",
+        description="same seed, same tokens, except for rounding; choice i of n uses seed + i; "
+        "-1: a random seed",
     )
-    n: NumChoices = Field(1, description="choices for each prompt")
+    n: NumChoices = Field(1, description="number of choices for each prompt")
     response_format: ResponseFormat | None = Field(
         None,
-        description="{type: text | json_object | json_schema, json_schema: {schema}}: the output is "
+        description="{type: text, json_object or json_schema, json_schema: {schema}}: the output is "
         f"JSON, or valid against the schema (at most {MAX_CHARS} characters)",
     )
     guided_json: SchemaOrText = Field(
@@ -171,7 +176,7 @@ class CommonRequest(SamplingFields):
         "", description="a regular expression that the whole output matches"
     )
     guided_grammar: GrammarText = Field(
-        "", description="rules in EBNF; the output is a `root`; json: any JSON object"
+        "", description="EBNF rules; the output is a `root`; json: any JSON object"
     )
     guided_choice: Choices = Field(
         default_factory=list,
@@ -179,18 +184,18 @@ class CommonRequest(SamplingFields):
     )
     structured_outputs: StructuredOutputs | None = Field(
         None,
-        description="{json, regex, choice, grammar or json_object}: the same under vLLM's newer name",
+        description="vLLM's newer name for the above: {json, regex, choice, grammar or json_object}",
     )
     logprob_token_ids: Annotated[Items[Token], Field(max_length=MAX_LOGPROB_IDS)] = Field(
         default_factory=list,
-        description=f"at most {MAX_LOGPROB_IDS} ids, whose log-probabilities come at each token "
-        "instead of the best ones'; needs logprobs",
+        description=f"at most {MAX_LOGPROB_IDS} ids; return their log-probabilities at each position "
+        "instead of those of the most likely tokens; needs logprobs",
     )
     return_token_ids: bool = Field(
-        False, description="token_ids and prompt_token_ids in the answer, as vLLM has them"
+        False, description="return token_ids and prompt_token_ids, like vLLM"
     )
     return_tokens_as_token_ids: bool = Field(
-        False, description="log-probabilities name tokens token_id:ID instead of by their text"
+        False, description="in log-probabilities, write tokens as token_id:ID instead of their text"
     )
     stream: Streamed = False
     stream_options: StreamOptions | None = Field(
@@ -248,19 +253,20 @@ class CompletionRequest(CommonRequest):
     refused: ClassVar = COMPLETION_REFUSED
     max_tokens: NonNegative | None = Field(
         None,
-        description="tokens to generate at most; absent: --completions_default_max_tokens, 16",
+        description="maximum number of tokens to generate; default: "
+        "--completions_default_max_tokens (16)",
     )
     prompt: Annotated[tuple[Prompt, ...], Checked(_prompts, str | _Ids | _Prompts)] = Field(
         description="a string, an array of strings, token ids, or an array of those; "
         f"at most {MAX_PROMPTS} prompts"
     )
-    echo: bool = Field(False, description="the prompt goes before the text")
+    echo: bool = Field(False, description="return the prompt before the text")
     logprobs: NumBest | None = Field(
         None,
-        description="log-probability of each token and of this many best ones; with echo the "
-        "prompt's too",
+        description="log-probabilities of each token and of this many most likely ones; with echo "
+        "also those of the prompt",
     )
-    best_of: NumChoices | None = Field(None, description="only equal to n")
+    best_of: NumChoices | None = Field(None, description="must equal n")
     add_special_tokens: WithSpecialTokens = True
 
 
@@ -276,30 +282,32 @@ class ChatRequest(CommonRequest):
         description="the conversation: role and text content (string or text parts)"
     )
     logprobs: bool = Field(False, description="log-probability of each token")
-    top_logprobs: NumBest = Field(0, description="and of this many best ones; needs logprobs")
+    top_logprobs: NumBest = Field(
+        0, description="and of this many most likely ones; needs logprobs"
+    )
     chat_template_kwargs: ToldObject = Field(
         default_factory=dict,
         description="variables for the chat template: those that it reads, enable_thinking, thinking "
         "and reasoning_effort",
     )
     add_generation_prompt: bool | None = Field(
-        None, description="end the prompt with the head of an assistant turn; default true"
+        None, description="end the prompt with the start of an assistant turn; default: true"
     )
     continue_final_message: bool = Field(
         False, description="the last message is the beginning of the answer"
     )
     reasoning_effort: UnicodeStr | None = Field(
-        None, description="handed to the chat template; none: thinking is off"
+        None, description="passed to the chat template; none: turns thinking off"
     )
     max_thinking_tokens: NonNegative | None = Field(
         None,
-        description="tokens of reasoning, after which its end is forced and the answer follows; not "
-        "with allowed_token_ids",
+        description="maximum number of reasoning tokens; then the end of reasoning is forced and the "
+        "answer follows; not with allowed_token_ids",
     )
     tools: ChatTools = Field(
         default_factory=list,
         description="what the model may call: {type: function, function: {name, description, "
-        "parameters, strict}}, or with free text {type: custom, custom: {name, description, "
+        "parameters, strict}}, or for free text {type: custom, custom: {name, description, "
         f"format}}}}; at most {MAX_TOOLS} and {MAX_TOOLS_CHARS} characters of JSON",
     )
     tool_choice: ChatChoice | None = Field(
@@ -308,12 +316,10 @@ class ChatRequest(CommonRequest):
         "custom: {name}}, or {type: allowed_tools, allowed_tools: {mode, tools}}: a grammar forces required and named calls; "
         "default: auto if there are tools",
     )
-    parallel_tool_calls: bool = Field(
-        True, description="false: the first call is the only one in the answer"
-    )
+    parallel_tool_calls: bool = Field(True, description="false: the answer has at most one call")
     functions: Functions = Field(
         default_factory=list,
-        description="the older name of tools: {name, description, parameters}; calls come as "
+        description="older name for tools: {name, description, parameters}; calls are returned as "
         "function_call",
     )
     function_call: FunctionCall | None = Field(
@@ -325,15 +331,15 @@ class ChatRequest(CommonRequest):
         "it edits; a string or text parts. With --speculative ngram it is searched for drafts",
     )
     thinking_token_budget: Annotated[Integer, Range(-1, MAX_INT32)] | None = Field(
-        None, description="vLLM's name of max_thinking_tokens; -1: no limit"
+        None, description="vLLM's name for max_thinking_tokens; -1: no limit"
     )
     verbosity: Literal["low", "medium", "high"] | None = Field(
-        None, description="handed to the chat template, if it reads that"
+        None, description="passed to the chat template, if it reads this variable"
     )
-    include_reasoning: bool = Field(True, description="false: reasoning is not shown")
-    separate_reasoning: bool = Field(True, description="false: reasoning goes into the content")
+    include_reasoning: bool = Field(True, description="false: reasoning is not returned")
+    separate_reasoning: bool = Field(True, description="false: reasoning is part of the content")
     stream_reasoning: bool = Field(
-        True, description="false: a stream has reasoning in one piece, once it has ended"
+        True, description="false: a stream sends reasoning in one piece, when it has ended"
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Final
 
 from asyncllm.api.anthropic import request as anthropic
@@ -19,9 +20,8 @@ from asyncllm.api.responses import request as responses
 from asyncllm.api.tgi import request as tgi
 
 _HEAD: Final = "| field | type | default | range | meaning |\n|---|---|---|---|---|\n"
-_REFUSED_HEAD: Final = "| field | what is not available | passes all the same |\n|---|---|---|\n"
-_IGNORED_HEAD: Final = "| field | why it cannot matter |\n|---|---|\n"
-# the fields of a model, or of its own only
+_REFUSED_HEAD: Final = "| fields | not available | accepted values |\n|---|---|---|\n"
+_IGNORED_HEAD: Final = "| fields | why they make no difference |\n|---|---|\n"
 MODELS: Final[dict[str, type[RequestModel]]] = {
     "common": openai.CommonRequest,
     "stream_options": openai.StreamOptions,
@@ -34,8 +34,9 @@ MODELS: Final[dict[str, type[RequestModel]]] = {
     "tgi_parameters": tgi.TgiParameters,
     "abort": lightllm.AbortRequest,
 }
-OWN: Final = {"completion", "chat", "tgi_parameters"}
+OWN: Final = {"completion", "chat", "tgi_parameters"}  # without inherited fields
 REFUSED: Final[dict[str, type[RequestModel]]] = {
+    "common_refused": openai.CommonRequest,
     "completion_refused": openai.CompletionRequest,
     "chat_refused": openai.ChatRequest,
     "responses_refused": responses.ResponseRequest,
@@ -44,12 +45,16 @@ REFUSED: Final[dict[str, type[RequestModel]]] = {
     "tgi_refused": tgi.TgiParameters,
 }
 IGNORED: Final[dict[str, type[RequestModel]]] = {
-    "completion_ignored": openai.CompletionRequest,
+    "common_ignored": openai.CommonRequest,
     "chat_ignored": openai.ChatRequest,
     "responses_ignored": responses.ResponseRequest,
     "messages_ignored": anthropic.MessageRequest,
     "native_ignored": lightllm.NativeParameters,
 }
+# tables that leave out what is in those of a parent
+_BESIDES: Final[dict[str, type[RequestModel]]] = dict.fromkeys(
+    ("completion_refused", "chat_refused", "chat_ignored"), openai.CommonRequest
+)
 _BLOCK: Final = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -63,13 +68,12 @@ def fill(document: str) -> str:
 
 def _markdown(name: str) -> str:
     if name in REFUSED:
-        return _REFUSED_HEAD + "".join(
-            f"| `{field}` | {each.what} | {_neutral(each)} |\n"
-            for field, each in REFUSED[name].refused.items()
+        refused = REFUSED[name].refused.items()
+        return _REFUSED_HEAD + _grouped(
+            name, {field: f"{each.what} | {_neutral(each)}" for field, each in refused}
         )
     if name in IGNORED:
-        ignored = IGNORED[name].ignored.items()
-        return _IGNORED_HEAD + "".join(f"| `{field}` | {why} |\n" for field, why in ignored)
+        return _IGNORED_HEAD + _grouped(name, IGNORED[name].ignored)
     model = MODELS[name]
     schemas = of_models([model])
     schema = schemas[model.__name__]
@@ -77,6 +81,15 @@ def _markdown(name: str) -> str:
     return _HEAD + "".join(
         _row(field, schema, schemas) for field in names if field in model.model_fields
     )
+
+
+def _grouped(name: str, cells: Mapping[str, str]) -> str:
+    """A row for all fields with the same cells."""
+    parent, rows = _BESIDES.get(name, RequestModel), dict[str, list[str]]()
+    for field, cell in cells.items():
+        if field not in parent.refused and field not in parent.ignored:
+            rows.setdefault(cell, []).append(f"`{field}`")
+    return "".join(f"| {', '.join(fields)} | {cell} |\n" for cell, fields in rows.items())
 
 
 def _row(name: str, schema: Schema, schemas: dict[str, Schema]) -> str:

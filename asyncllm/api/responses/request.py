@@ -54,7 +54,7 @@ LOGPROBS: Final = "message.output_text.logprobs"  # of ``include``
 
 class FlatSchemaFormat(RequestModel):
     ignored: ClassVar = {
-        "description": "the prompt does not tell of the schema",
+        "description": "it is not put into the prompt",
         "strict": response_format.ALWAYS_STRICT,
     }
     type: Literal["json_schema"]
@@ -90,8 +90,8 @@ class ResponseRequest(RequestModel):
     model: ModelName = None
     refused: ClassVar = {
         "background": Unavailable("answering in the background", False),
-        "truncation": Unavailable("truncating the prompt", "disabled"),
-        "conversation": Unavailable("a stored conversation (previous_response_id is there)"),
+        "truncation": Unavailable("prompt truncation per request", "disabled"),
+        "conversation": Unavailable("a stored conversation (use previous_response_id)"),
         "prompt": Unavailable("a stored prompt"),
         "context_management": Unavailable("context management", []),
         "background_options": Unavailable("answering in the background", {}),
@@ -103,7 +103,7 @@ class ResponseRequest(RequestModel):
     ignored: ClassVar = {
         "user": IGNORED["user"],
         **FOR_OPENAI,
-        "max_tool_calls": "it counts calls of tools that OpenAI runs, and none run here",
+        "max_tool_calls": "it limits calls of tools that OpenAI runs; none run here",
         "stream_options": "chunks are not padded",
     }
     input: Input = Field(
@@ -115,20 +115,21 @@ class ResponseRequest(RequestModel):
         None, description="a system message before everything else"
     )
     previous_response_id: UnicodeStr | None = Field(
-        None, description="go on from this stored response; its instructions do not count"
+        None, description="continue from this stored response; its instructions do not carry over"
     )
     store: bool = Field(
         True, description="keep the response in memory for previous_response_id and GET"
     )
     max_output_tokens: Positive | None = Field(
-        None, description="tokens to generate at most; absent: what fits into the context"
+        None,
+        description="maximum number of tokens to generate; default: as many as fit into the context",
     )
     temperature: Annotated[Float, Range(0, 2)] = Field(1.0, description="0: greedy")
     top_p: TopP = 1.0
     text: TextOptions = Field(
         default_factory=TextOptions,
         description="{format: {type: text, json_object or json_schema, name, schema}, verbosity}: "
-        "the output is JSON, or valid against the schema; verbosity is handed to the chat template",
+        "the output is JSON, or valid against the schema; verbosity is passed to the chat template",
     )
     tools: FlatTools = Field(
         default_factory=list,
@@ -142,26 +143,27 @@ class ResponseRequest(RequestModel):
         description="none, auto, required, {type: function or custom, name}, or {type: "
         "allowed_tools, mode, tools}: a grammar forces required and named calls; default: auto if there are tools",
     )
-    parallel_tool_calls: bool = Field(
-        True, description="false: the first call is the only one in the answer"
-    )
+    parallel_tool_calls: bool = Field(True, description="false: the answer has at most one call")
     reasoning: ReasoningOptions = Field(
         default_factory=ReasoningOptions,
-        description="effort is handed to the chat template, none: thinking is off; there are no "
+        description="effort is passed to the chat template; none: turns thinking off; there are no "
         "summaries",
     )
     include: Items[UnicodeStr] = Field(
         default_factory=list,
         description=f"{LOGPROBS}: log-probabilities of an answer without tools and reasoning; "
-        "anything else has nothing to include",
+        "any other value is accepted and adds nothing",
     )
     top_logprobs: NumBest = Field(
-        0, description=f"and of this many best tokens; needs {LOGPROBS} in include"
+        0, description=f"also return this many most likely tokens; needs {LOGPROBS} in include"
     )
     metadata: Annotated[
         dict[str, Annotated[UnicodeStr, Field(max_length=MAX_METADATA_CHARS)]],
         Field(max_length=MAX_METADATA),
-    ] = Field(default_factory=dict, description=f"at most {MAX_METADATA} strings, which come back")
+    ] = Field(
+        default_factory=dict,
+        description=f"at most {MAX_METADATA} strings, returned in the response",
+    )
     stream: Streamed = False
 
 

@@ -63,14 +63,14 @@ class TgiParameters(CommonParameters):
         **response_format.other_names(", ".join(_FORMS), *_FORMS),
         "typical_p": Unavailable("typical decoding", 1, 1.0),
         "watermark": Unavailable("a watermark", False),
-        "adapter_id": Unavailable("an adapter", ""),
-        "n": Unavailable("more than one answer (but best_of)", 1),
+        "adapter_id": Unavailable("a LoRA adapter", ""),
+        "n": Unavailable("n above 1 (use best_of)", 1),
         "token_healing_top_k": Unavailable("token healing", 0),
         "token_healing_unmerge_last_token": Unavailable("token healing", 0, False),
     }
     do_sample: bool = Field(
         False,
-        description="sample; temperature, top_k, top_p and min_p do so too where they differ from the "
+        description="sample; also implied by a temperature, top_k, top_p or min_p other than the "
         "default",
     )
     input_penalty: bool = Field(
@@ -79,27 +79,29 @@ class TgiParameters(CommonParameters):
     skip_special_tokens: bool = Field(True, description="leave special tokens out of the text")
     best_of: NumChoices | None = Field(
         None,
-        description="generate so many, answer with the one of the best mean log-probability; 1 on "
+        description="generate this many and return the one with the best mean log-probability; 1 on "
         "streams",
     )
     seed: Annotated[Integer, Range(0, MAX_SEED)] | None = Field(
-        None, description="same seed, same tokens but for rounding; absent: draw one"
+        None, description="same seed, same tokens, except for rounding; default: a random seed"
     )
     stop: Stop = Field(
         default_factory=list,
-        description=f"at most {MAX_STOP} strings; they are cut from the text",
+        description=f"at most {MAX_STOP} strings; removed from the text",
     )
     truncate: Positive | None = Field(
-        None, description="use only so many of the prompt's last tokens"
+        None, description="use only this many of the prompt's last tokens"
     )
     return_full_text: bool = Field(False, description="put the prompt before the generated text")
-    details: bool = Field(False, description="details in the answer")
-    return_details: bool = Field(False, description="LightLLM's name of details")
+    details: bool = Field(False, description="return details")
+    return_details: bool = Field(False, description="LightLLM's name for details")
     decoder_input_details: bool = Field(
         False,
-        description="the prompt's tokens and log-probabilities too; needs details, not on streams",
+        description="return the prompt's tokens and log-probabilities too; needs details; not on streams",
     )
-    top_n_tokens: NumBest = Field(0, description="so many best tokens at each token")
+    top_n_tokens: NumBest = Field(
+        0, description="return this many most likely tokens at each position"
+    )
     grammar: Annotated[JsonForm | RegexForm, TaggedUnion()] | None = Field(
         None,
         description="{type: json, json_schema or regex, value}: a JSON schema, or a regular "
@@ -112,7 +114,7 @@ class TgiParameters(CommonParameters):
 
 
 class TgiNativeRequest(InputsRequest):
-    num_beam: NumChoices | None = Field(None, description="LightLLM's name of parameters.best_of")
+    num_beam: NumChoices | None = Field(None, description="LightLLM's name for parameters.best_of")
     parameters: TgiParameters = Field(
         default_factory=TgiParameters, description="see the next table"
     )
