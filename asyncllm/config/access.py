@@ -28,8 +28,9 @@ class AccessOptions:
     api_key: tuple[str, ...] = flag(
         (), nargs="+", check=api_key, metavar="KEY", secret=True,
         help="API keys; a request must carry one (Authorization: Bearer KEY, or x-api-key) on "
-        "every route but /health, /healthz, /liveness and /readiness. Command lines are visible "
-        "to other users of the machine, --api_key_file and the variable ASYNCLLM_API_KEY are not",
+        "every route except /health, /healthz, /ping, /liveness, /readiness and /cluster. Command "
+        "lines are visible to other users of the machine; --api_key_file and the environment "
+        "variable ASYNCLLM_API_KEY are not",
     )  # fmt: skip
     api_key_file: str | None = flag(
         None, check=not_empty, metavar="FILE",
