@@ -39,6 +39,12 @@ class Message:
 
     __slots__ = ()
     tag: ClassVar[int]
+    _urgent: ClassVar[bool] = False
+
+    @property
+    def urgent(self) -> bool:
+        """A full mailbox takes it all the same: others wait for it, or something else limits it."""
+        return self._urgent
 
     def valid(self) -> bool:
         """Checks beyond types, such as lengths and ranges. Called for messages from another process
@@ -81,8 +87,10 @@ def _getter(*names: str) -> Fields:
 
 
 @dataclass_transform(frozen_default=True)
-def message(tag: int) -> Callable[[type[M]], type[M]]:
+def message(tag: int, *, urgent: bool = False) -> Callable[[type[M]], type[M]]:
     """Class decorator: make the class a dataclass and register it under ``tag`` (0..127).
+
+    ``urgent``: see :attr:`Message.urgent`.
 
     Frozen for type checkers only: freezing at run time would add 1.2 us to each Delta.
     """
@@ -93,7 +101,7 @@ def message(tag: int) -> Callable[[type[M]], type[M]]:
         if tag in _BY_TAG:
             raise ValueError(f"tag {tag} is taken by {_BY_TAG[tag][0].__name__}")
         cls = dataclass(slots=True, unsafe_hash=True)(cls)
-        cls.tag = tag
+        cls.tag, cls._urgent = tag, urgent
         _FIELDS[cls] = _getter("tag", *_names(cls))
         _BY_TAG[tag] = cls, _row(field_types(cls).values())
         return cls

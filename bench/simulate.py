@@ -118,14 +118,14 @@ class Simulation:
             actor.started()
 
     def ref(self, name: str, endpoint: int = 0) -> Any:
-        return SimpleNamespace(tell=lambda msg, urgent=False: self._mail.append((name, msg)))
+        return SimpleNamespace(tell=lambda msg: self._mail.append((name, msg)))
 
     at_coordinator = ref
 
     def _at(self, when: float, what: Callable[[], None]) -> None:
         heapq.heappush(self._events, (when, next(self._numbers), what))
 
-    def _call_later(self, delay: float, put: Any, msg: Any, urgent: bool) -> None:
+    def _call_later(self, delay: float, put: Any, msg: Any) -> None:
         late = self._rng.uniform(0, self._delays.timer)
         self._at(self._now + delay + late, lambda: self._mail.append(("scheduler", msg)))
 

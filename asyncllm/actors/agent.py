@@ -243,11 +243,11 @@ class Agent(Actor[Inbox]):
 
     def _say_serving(self, *endpoints: int) -> None:
         for endpoint in endpoints:
-            self.system.ref("frontend", endpoint).tell(Serving(self.lacks), urgent=True)
+            self.system.ref("frontend", endpoint).tell(Serving(self.lacks))
 
     def _ask_state(self) -> None:
         if self._peers:
-            self._watchdog.tell(Scrape(0, self.system.endpoint, asks="agent"), urgent=True)
+            self._watchdog.tell(Scrape(0, self.system.endpoint, asks="agent"))
 
     def _say_state(self, scraped: Scraped) -> None:
         loads = scraped.loads
@@ -279,7 +279,7 @@ class Agent(Actor[Inbox]):
                     self._abort(task)
             case BeginDecode(ticket) | StopHit(ticket):
                 if (task := self._tickets.get((peer, ticket))) is not None and not task.over:
-                    self._scheduler.tell(replace(told, rid=task.rid), urgent=True)
+                    self._scheduler.tell(replace(told, rid=task.rid))
             case other:
                 raise AssertionError(other)  # it is not in ``foreign``
 
@@ -311,8 +311,7 @@ class Agent(Actor[Inbox]):
         self._grammar.tell(
             CompileGrammar(
                 endpoint=self.system.endpoint, job=rid, kind=kind, text=text, client=msg.client
-            ),
-            urgent=True,
+            )
         )
 
     def _compiled(self, msg: GrammarReady) -> None:
@@ -326,7 +325,7 @@ class Agent(Actor[Inbox]):
             self._submit(task)
 
     def _submit(self, task: _Task) -> None:
-        self._scheduler.tell(self._submit_of(task.rid, task.msg), urgent=True)
+        self._scheduler.tell(self._submit_of(task.rid, task.msg))
 
     def _submit_of(self, rid: int, msg: Asked) -> Submit:
         return Submit(
@@ -363,7 +362,7 @@ class Agent(Actor[Inbox]):
     def _abort(self, task: _Task) -> None:
         self._forget(task)
         if not task.compiling:
-            self._scheduler.tell(Abort(task.rid), urgent=True)
+            self._scheduler.tell(Abort(task.rid))
 
     def _forget(self, task: _Task) -> None:
         del self._tasks[task.rid], self._tickets[task.peer, task.msg.ticket]

@@ -93,14 +93,14 @@ class Balancer(Actor[Inbox]):
                     self._submit(msg)
                 case Abort() | StopHit() | BeginDecode():
                     if (group := self.core.group_of(msg.rid)) is not None:
-                        self._schedulers[group].tell(msg, urgent=True)
+                        self._schedulers[group].tell(msg)
                     elif isinstance(msg, Abort) and msg.rid in self._orphans:
                         del self._orphans[msg.rid]
                         end = Finished(msg.rid, FinishReason.ABORT)
-                        self._detokenizer(msg.rid).tell(end, urgent=True)
+                        self._detokenizer(msg.rid).tell(end)
                 case CompileGrammar():  # any group may get a request with it
                     for leader in self._group_of:
-                        self.system.ref("grammar", leader).tell(msg, urgent=True)
+                        self.system.ref("grammar", leader).tell(msg)
                 case GroupProgress(leader, begun, ended):
                     if leader in self._group_of:
                         self.core.began(begun)
@@ -137,7 +137,7 @@ class Balancer(Actor[Inbox]):
             msg.rid, msg.prompt, after=msg.after, cached=msg.params.shares_prefix
         )
         self._submitted[msg.rid] = msg
-        self._schedulers[group].tell(msg, urgent=True)
+        self._schedulers[group].tell(msg)
 
     def _ended(self, rids: Iterable[int]) -> None:
         self.core.ended(rids)

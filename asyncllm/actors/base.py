@@ -36,14 +36,14 @@ class Ref:
     def __repr__(self) -> str:
         return f"{self.name}@{self.endpoint}"
 
-    def tell(self, msg: Message, *, urgent: bool = False) -> None:
+    def tell(self, msg: Message) -> None:
         """Send and forget, in order; urgent messages are never refused.
 
         Raises:
             MailboxFull: the receiver lives here and ``capacity`` messages wait for it.
             PeerLost: the receiver's endpoint has stopped reading.
         """
-        self._system.deliver(self.endpoint, self.name, msg, urgent)
+        self._system.deliver(self.endpoint, self.name, msg)
 
 
 class Actor(Generic[M]):
@@ -148,9 +148,9 @@ class Actor(Generic[M]):
         self.started()
         self.system.loop.call_soon(self._deliver)
 
-    def put(self, msg: Message, urgent: bool = False) -> None:
+    def put(self, msg: Message) -> None:
         """Queue one message. Raises MailboxFull unless it is urgent."""
-        if len(self._queue) >= self.capacity and not urgent:
+        if len(self._queue) >= self.capacity and not msg.urgent:
             raise MailboxFull(f"{self.name}: {self.capacity} messages wait")
         self._queue.append(msg)
         if not self._scheduled:

@@ -69,12 +69,12 @@ class ChannelCallbacks:
 
     Args:
         owner: told which peers join and leave.
-        message: called with (peer, actor name, urgent, message); returns a reason if no peer can
+        message: called with (peer, actor name, message); returns a reason if no peer can
             have sent that.
     """
 
     owner: Callable[[PeerJoined | PeerLeft | PeerRefused], None]
-    message: Callable[[int, str, bool, Message], str | None]
+    message: Callable[[int, str, Message], str | None]
 
 
 class _LinkClosed(Exception):
@@ -291,9 +291,9 @@ class Channel:
         """Whether a peer is connected."""
         return peer in self._peers
 
-    def send(self, peer: int, name: str, urgent: bool, body: bytes) -> None:
+    def send(self, peer: int, name: str, body: bytes) -> None:
         """Queue one encoded message for a connected peer; a peer that does not read is dropped."""
-        self._push(self._peers[peer], frame_head(name, urgent) + body)
+        self._push(self._peers[peer], frame_head(name) + body)
 
     def close(self) -> None:
         """Say goodbye to all."""
@@ -357,14 +357,14 @@ class Channel:
         try:
             if len(frames) != 1:
                 raise CodecError(f"{len(frames)} frames instead of one")
-            name, urgent, body = split_frame(frames[0])
+            name, body = split_frame(frames[0])
             if name.startswith(CONTROL):
                 self._control(link, name, body)
                 return
             if not link.peer:
                 raise CodecError("no greeting")
             assert self._listener is not None
-            complaint = self._listener.message(link.peer, name, urgent, decode(body))
+            complaint = self._listener.message(link.peer, name, decode(body))
         except CodecError as error:
             complaint = str(error)
         if complaint is not None:
@@ -435,7 +435,7 @@ class Channel:
     def _say(self, link: _Link, msg: Message) -> None:
         """Send one of the channel's own messages; lost if the other end does not read."""
         with contextlib.suppress(zmq.Again, _LinkClosed):
-            link.put(frame_head(CONTROL + protocol(), True) + encode(msg))
+            link.put(frame_head(CONTROL + protocol()) + encode(msg))
             self._pump_soon()
 
     def _push(self, link: _Link, frame: bytes) -> None:
@@ -487,7 +487,7 @@ class Channel:
             link.heard += late
             try:
                 with contextlib.suppress(zmq.Again):
-                    link.put(frame_head(CONTROL + protocol(), True) + encode(PeerHeartbeat()))
+                    link.put(frame_head(CONTROL + protocol()) + encode(PeerHeartbeat()))
             except _LinkClosed as error:
                 self._end(link, str(error), None)
                 continue

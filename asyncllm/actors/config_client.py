@@ -79,7 +79,7 @@ class ConfigServerClient(Actor[Inbox]):
                     self._say(endpoint)
                 case Cancel():
                     if self._search.peer:
-                        self.system.ref("registry", self._search.peer).tell(msg, urgent=True)
+                        self.system.ref("registry", self._search.peer).tell(msg)
                 case EndpointGone(endpoint):
                     self._asking.discard(endpoint)
                 case _:
@@ -109,11 +109,11 @@ class ConfigServerClient(Actor[Inbox]):
                     self.system.ref("agent").tell(told)
                 self._say(*self._asking)
             case Cancel():
-                self.system.ref("watchdog").tell(told, urgent=True)
+                self.system.ref("watchdog").tell(told)
             case other:
                 raise AssertionError(other)  # it is not in ``foreign``
 
     def _say(self, *endpoints: int) -> None:
         msg = MasterList(self._masters, not self._search.peer)
         for endpoint in endpoints:
-            self.system.ref("frontend", endpoint).tell(msg, urgent=True)
+            self.system.ref("frontend", endpoint).tell(msg)

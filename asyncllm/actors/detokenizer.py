@@ -106,7 +106,7 @@ class Detokenizer(Actor[Inbox]):
                 over.append(rid)
             else:
                 again.append(rid)
-        self.scheduler.tell(ResubmitRequests(again, over), urgent=True)
+        self.scheduler.tell(ResubmitRequests(again, over))
         for rid in over:
             if (stream := self._streams.get(rid)) is not None and stream.finished is None:
                 detail = f"the ranks that generated this answer are lost ({why}); try again"
@@ -166,16 +166,16 @@ class Detokenizer(Actor[Inbox]):
             )
         if self._news and not self._posted:
             self._posted = True
-            self.put(FlushStreams(), urgent=True)  # urgent: a full mailbox must not refuse it
+            self.put(FlushStreams())
 
     def _pass_on(self, stream: _Stream) -> None:
         if stream.stopped_at < 0 and (delta := stream.take()) is not None:
             self.frontend.tell(delta)
             if stream.stopped_at >= 0 and stream.finished is None:
-                self.scheduler.tell(StopHit(stream.rid, stream.stopped_at), urgent=True)
+                self.scheduler.tell(StopHit(stream.rid, stream.stopped_at))
         if stream.finished is not None:
             del self._streams[stream.rid]
-            self.frontend.tell(stream.ending(stream.finished), urgent=True)
+            self.frontend.tell(stream.ending(stream.finished))
 
 
 class _Stream:

@@ -22,7 +22,6 @@ from asyncllm.messages import (
     Abort,
     AskNodes,
     AskServing,
-    DecodeRequest,
     DecodeReserved,
     DirectorStats,
     Drain,
@@ -31,7 +30,6 @@ from asyncllm.messages import (
     Finished,
     NodesAnswer,
     NodeState,
-    PrefillRequest,
     Probe,
     Serving,
     StopHit,
@@ -127,10 +125,10 @@ class Director(Actor[Inbox]):
                     pass  # a master connects to nobody
                 case AskServing(endpoint):
                     self._asking.add(endpoint)
-                    self.system.ref("frontend", endpoint).tell(Serving(self.lacks), urgent=True)
+                    self.system.ref("frontend", endpoint).tell(Serving(self.lacks))
                 case AskNodes(query, endpoint):
                     answer = NodesAnswer(query, json.dumps(self._table()).encode())
-                    self.system.ref("frontend", endpoint).tell(answer, urgent=True)
+                    self.system.ref("frontend", endpoint).tell(answer)
                 case Drain(timeout_s):
                     self._drain(timeout_s)
                 case EndpointGone(endpoint):
@@ -261,19 +259,18 @@ class Director(Actor[Inbox]):
         core = self.core
         orders, core.orders = core.orders, []
         for peer, order in orders:
-            urgent = not isinstance(order, PrefillRequest | DecodeRequest)
-            self.system.ref("agent", peer).tell(order, urgent=urgent)
+            self.system.ref("agent", peer).tell(order)
         emitted, core.emitted = core.emitted, []
         for endpoint, tokens in emitted:
             self.system.ref("detokenizer", endpoint).tell(tokens)
         ended, core.ended = core.ended, []
         for end in ended:
-            self.system.ref("detokenizer", end.rid >> FRONTEND_SHIFT).tell(end, urgent=True)
+            self.system.ref("detokenizer", end.rid >> FRONTEND_SHIFT).tell(end)
         if (lacks := self.lacks) != self._told:
             self._told = lacks
             log.info("%s", lacks or "all nodes that are needed are there")
             for endpoint in sorted(self._asking):
-                self.system.ref("frontend", endpoint).tell(Serving(lacks), urgent=True)
+                self.system.ref("frontend", endpoint).tell(Serving(lacks))
         if self._draining and not (self._drained or core.requests):
             self._drained = True
             self._watchdog.tell(Drained("director", self.system.endpoint))

@@ -157,9 +157,9 @@ class Frontend(Actor[Inbox]):
                     self.lacks = lacks
                 case Started():
                     if self.place.asks:
-                        self._place.tell(AskServing(self.system.endpoint), urgent=True)
+                        self._place.tell(AskServing(self.system.endpoint))
                     if self.place.has_config_server:
-                        self._config_client.tell(AskMasters(self.system.endpoint), urgent=True)
+                        self._config_client.tell(AskMasters(self.system.endpoint))
                     self.spawn(self._serve())
                 case Cancel():
                     self._cancel(msg.request_id)
@@ -333,15 +333,15 @@ class Frontend(Actor[Inbox]):
     def cancel(self, request_id: str) -> None:
         """Abort requests by the client's id or the answer's; "": all of them. On every frontend,
         and on all masters if there are several. Raises NotServing (503): these are unreachable."""
-        self._watchdog.tell(Cancel(request_id), urgent=True)
+        self._watchdog.tell(Cancel(request_id))
         if self.place.mark:
-            self._config_client.tell(Cancel(request_id), urgent=True)
+            self._config_client.tell(Cancel(request_id))
             self.others.check_told()
 
     async def scrape(self) -> Scraped:
         """State of the whole server. Raises NotServing (503) on timeout."""
         query = self._queries.new()
-        self._watchdog.tell(Scrape(query, self.system.endpoint), urgent=True)
+        self._watchdog.tell(Scrape(query, self.system.endpoint))
         answer = await self._queries.answer_to(query, "the watchdog")
         assert isinstance(answer, Scraped), answer
         return answer
@@ -349,7 +349,7 @@ class Frontend(Actor[Inbox]):
     async def nodes(self) -> bytes:
         """A master's nodes, as JSON. Raises NotServing (503) on timeout."""
         query = self._queries.new()
-        self._place.tell(AskNodes(query, self.system.endpoint), urgent=True)
+        self._place.tell(AskNodes(query, self.system.endpoint))
         answer = await self._queries.answer_to(query, "the director")
         assert isinstance(answer, NodesAnswer), answer
         return answer.body
@@ -497,7 +497,7 @@ class Frontend(Actor[Inbox]):
 
     def _tell_abort(self, exchange: Exchange) -> None:
         for rid in exchange.live:
-            self._tokenizer.tell(Abort(rid), urgent=True)
+            self._tokenizer.tell(Abort(rid))
 
     def _forget(self, exchange: Exchange) -> None:
         self._abort(exchange)

@@ -129,7 +129,7 @@ class GrammarCompiler(Actor[Inbox]):
 
     def _answer(self, msg: CompileGrammar, failure: Failure | None) -> None:
         answer = GrammarReady(msg.job, failure, self.system.endpoint)
-        self.system.ref(self._asks, msg.endpoint).tell(answer, urgent=True)
+        self.system.ref(self._asks, msg.endpoint).tell(answer)
 
     def _busy(self, client: int) -> Failure:
         places = self._places

@@ -98,7 +98,7 @@ class KvTransfer(Actor[TransferInbox]):
 
     def _say(self, batch: list[Message]) -> None:
         for msg in batch if not self._stopped else ():
-            self._scheduler.tell(msg, urgent=True)
+            self._scheduler.tell(msg)
 
     def _fail(self, error: BaseException) -> NoReturn:
         """On the loop, whose exception handler ends the system."""

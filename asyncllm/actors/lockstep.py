@@ -51,8 +51,8 @@ class Lockstep(Actor[OfferStep]):
             self.system.reject(msg, str(error))
             return
         for other in asked:
-            self._schedulers[other].tell(JoinStep(msg.step), urgent=True)
+            self._schedulers[other].tell(JoinStep(msg.step))
         if common is not None:
             agreed = StepAgreed(step=common.step, num_tokens=common.num_tokens, mixed=common.mixed)
             for scheduler in self._schedulers:
-                scheduler.tell(agreed, urgent=True)
+                scheduler.tell(agreed)

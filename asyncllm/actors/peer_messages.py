@@ -64,6 +64,7 @@ class PeerJoined(Message):
     Never sent, like the next three. ``dialled``: where we connected; "": it connected to us.
     """
 
+    _urgent = True
     peer: int
     info: PeerInfo
     dialled: str
@@ -76,6 +77,7 @@ class PeerLeft(Message):
     The same process may come back, as another peer.
     """
 
+    _urgent = True
     peer: int
     info: PeerInfo
     why: str
@@ -85,6 +87,7 @@ class PeerLeft(Message):
 class PeerRefused(Message):
     """channel -> its owner: the server that was dialled refuses us. We try again."""
 
+    _urgent = True
     dialled: str
     why: str
 
@@ -95,3 +98,7 @@ class PeerMessage(Message):
 
     peer: int
     msg: Message
+
+    @property
+    def urgent(self) -> bool:
+        return self.msg.urgent

@@ -109,7 +109,7 @@ class Registry(Actor[Inbox]):
                 self._announced(peer, told)
             case Cancel():
                 for master in self._masters.keys() - {peer}:
-                    self.system.ref("config_client", master).tell(told, urgent=True)
+                    self.system.ref("config_client", master).tell(told)
             case LeasePort():
                 self._claim(peer, told)
             case FindRendezvous(port):

@@ -292,7 +292,7 @@ class Scheduler(Actor[Inbox]):
     def _wake(self, now: float, at: float) -> None:
         if at < self._due_at:
             self._due_at = at
-            self.system.loop.call_later(at - now, self.put, LaunchDue(), True)
+            self.system.loop.call_later(at - now, self.put, LaunchDue())
 
     def _flush(self) -> None:
         if released := self.core.released:
@@ -321,7 +321,7 @@ class Scheduler(Actor[Inbox]):
             num_tokens=len(plan.tokens),
             mixed=plan.num_decode < len(plan.lanes),
         )
-        self._lockstep.tell(offer, urgent=True)
+        self._lockstep.tell(offer)
 
     def _agreed(self, msg: StepAgreed) -> None:
         step = self._offered
@@ -365,10 +365,10 @@ class Scheduler(Actor[Inbox]):
             return
         for msg in told:
             for transfer in self._transfers:
-                transfer.tell(msg, urgent=True)
+                transfer.tell(msg)
         for rid, hit, length in placed:
             at = ImportPlaced(rid=rid, leader=self.system.endpoint, hit=hit, length=length)
-            self._read(rid >> FRONTEND_SHIFT).tell(at, urgent=True)
+            self._read(rid >> FRONTEND_SHIFT).tell(at)
         told.clear()
         placed.clear()
 
@@ -427,7 +427,7 @@ class Scheduler(Actor[Inbox]):
         for end in ended:
             if (endpoint := end.rid >> FRONTEND_SHIFT) not in self._gone:
                 told = replace(end, endpoint=self.system.endpoint) if self._balanced else end
-                self._read(endpoint).tell(told, urgent=True)
+                self._read(endpoint).tell(told)
         if self._balanced and (begun or ended or left):
             # an abort may still arrive for one whose K/V are in transit
             over = [end.rid for end in ended if end.rid not in self.core.moves.outgoing]

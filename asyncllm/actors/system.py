@@ -227,22 +227,22 @@ class ActorSystem:
         self._tasks[task] = actor  # a bare task may be garbage-collected
         task.add_done_callback(self._tasks.pop)
 
-    def deliver(self, endpoint: int, name: str, msg: Message, urgent: bool) -> None:
+    def deliver(self, endpoint: int, name: str, msg: Message) -> None:
         """Put ``msg`` into a mailbox here or send it. Raises MailboxFull or PeerLost."""
         if endpoint >= FIRST_PEER:
             if self._channel is None or not self._channel.knows(endpoint):
                 self._dead_letter(name, msg)
             else:
-                self._channel.send(endpoint, name, urgent, encode(msg))
+                self._channel.send(endpoint, name, encode(msg))
         elif endpoint != self.endpoint:
             if self._wire is None or self._wire.closed or not self._wire.knows(endpoint):
                 self._dead_letter(name, msg)
             else:
-                self._wire.send(endpoint, name, urgent, encode(msg))
+                self._wire.send(endpoint, name, encode(msg))
         elif (actor := self._actors.get(name)) is None:
             self._dead_letter(name, msg)
         else:
-            actor.put(decode(encode(msg)) if self._encode_local else msg, urgent)
+            actor.put(decode(encode(msg)) if self._encode_local else msg)
 
     def _open(self, actor: AnyActor) -> None:
         try:
@@ -253,17 +253,16 @@ class ActorSystem:
     async def _run(self, actor: AnyActor, work: Coroutine[None, None, Message | None]) -> None:
         try:
             msg = await actor.timed(work)
+            if msg is None:
+                return
+            if self._actors.get(actor.name) is actor:
+                actor.put(msg)
+            else:
+                self._dead_letter(actor.name, msg)
         except Exception as error:
             self.crashed(actor, error)
-            return
-        if msg is None:
-            return
-        if self._actors.get(actor.name) is actor:
-            actor.put(msg, urgent=True)
-        else:
-            self._dead_letter(actor.name, msg)
 
-    def _arrive(self, name: str, urgent: bool, msg: Message) -> None:
+    def _arrive(self, name: str, msg: Message) -> None:
         try:
             if (actor := self._actors.get(name)) is None:
                 self._dead_letter(name, msg)
@@ -272,12 +271,12 @@ class ActorSystem:
             elif not actor.possible(msg):  # type: ignore[arg-type]  # it is in ``remote``
                 self.reject(msg, f"beyond the limits of {name}@{self.endpoint}")
             else:
-                actor.put(msg, urgent)
+                actor.put(msg)
         except MailboxFull as error:  # the sender cannot be told: an internal bound was violated
             log.error("%s@%d overrun by a peer", name, self.endpoint)
             self._fail(f"{name}@{self.endpoint}: {error!r}", error)
 
-    def _arrive_from(self, peer: int, name: str, urgent: bool, msg: Message) -> str | None:
+    def _arrive_from(self, peer: int, name: str, msg: Message) -> str | None:
         """Deliver a message from another server; returns the reason if it is invalid."""
         if self.over or (actor := self._actors.get(name)) is None:
             self._dead_letter(name, msg)
@@ -288,7 +287,7 @@ class ActorSystem:
         if not actor.possible(received):  # type: ignore[arg-type]  # it is in ``foreign``
             return f"{type(msg).__name__} is beyond the limits of {name}"
         try:
-            actor.put(received, urgent)
+            actor.put(received)
         except MailboxFull:
             return f"{name} is overrun"
         return None
@@ -299,7 +298,7 @@ class ActorSystem:
             names = {self._channel_owners.get(msg.info.role, self._channel_owner)}
         for name in names:
             if (owner := self._actors.get(name)) is not None and not self.over:
-                owner.put(msg, urgent=True)
+                owner.put(msg)
 
     def _dead_letter(self, name: str, msg: Message) -> None:
         self.dead_letters += 1

@@ -330,14 +330,14 @@ class Tokenizer(Actor[Inbox]):
     def _abort(self, msg: Abort) -> None:
         """A request that has not been submitted ends here; others are left to the scheduler."""
         if (number := self._job_of.pop(msg.rid, None)) is None:
-            self.scheduler.tell(msg, urgent=True)
+            self.scheduler.tell(msg)
             return
         job = self._jobs[number]
         job.alive.remove(msg.rid)
         if not job.alive:
             del self._jobs[number]
             self._leave_line(number, job)
-        self.frontend.tell(Finished(msg.rid, FinishReason.ABORT), urgent=True)
+        self.frontend.tell(Finished(msg.rid, FinishReason.ABORT))
 
     # -- in a thread of the pool: plain data in and out --------------------------------------------
 
@@ -448,7 +448,7 @@ class Tokenizer(Actor[Inbox]):
         msg = job.msg
         if isinstance(msg, CountTokens):
             self._forget(number, job)
-            self.frontend.tell(TokensCounted(msg.query, ids), urgent=True)
+            self.frontend.tell(TokensCounted(msg.query, ids))
             return
         params = msg.params
         try:
@@ -472,7 +472,7 @@ class Tokenizer(Actor[Inbox]):
                 text=source,
                 client=msg.client,
             )
-            self.grammar.tell(asked, urgent=True)
+            self.grammar.tell(asked)
             return
         self._forget(number, job)
         self._submit(job, msg)
@@ -495,7 +495,7 @@ class Tokenizer(Actor[Inbox]):
                 healed=b"".join(healed),
                 include_stop=params.include_stop,
             )
-            self.detokenizer.tell(opened, urgent=True)
+            self.detokenizer.tell(opened)
         for i, rid in enumerate(msg.rids):
             if rid in job.alive:
                 own = replace(params, seed=_wrapped(params.seed + i))
@@ -511,8 +511,8 @@ class Tokenizer(Actor[Inbox]):
                     request_id=msg.request_id,
                     prediction=job.prediction,
                 )
-                self.scheduler.tell(submit, urgent=True)
-        self.frontend.tell(Accepted(msg.rids[0], ids, thoughts=thoughts, cut=job.cut), urgent=True)
+                self.scheduler.tell(submit)
+        self.frontend.tell(Accepted(msg.rids[0], ids, thoughts=thoughts, cut=job.cut))
 
     def _to_heal(self, ids: array[int], params: SamplingParams) -> int:
         """The number of tokens at the end of a text that the output regenerates."""
@@ -573,10 +573,10 @@ class Tokenizer(Actor[Inbox]):
 
     def _refuse(self, job: _PromptJob, failure: Failure) -> None:
         if isinstance(job.msg, CountTokens):
-            self.frontend.tell(TokensCounted(job.msg.query, failure=failure), urgent=True)
+            self.frontend.tell(TokensCounted(job.msg.query, failure=failure))
             return
         # the group's first, unless that one has been aborted
-        self.frontend.tell(Finished(job.alive[0], FinishReason.ERROR, failure), urgent=True)
+        self.frontend.tell(Finished(job.alive[0], FinishReason.ERROR, failure))
 
 
 def _fitted(ids: array[int], keeps: list[tuple[int, int]]) -> tuple[array[int], bool]:

@@ -201,12 +201,12 @@ class HandshakeFailures:
 
 
 class Transport:
-    """Frame = msgpack([name, urgent]) + message. FIFO per (sender, receiver) pair, no loss.
+    """Frame = msgpack(name) + message. FIFO per (sender, receiver) pair, no loss.
 
     Everything is encrypted; frames are only accepted from holders of the server's keys.
 
     Args:
-        on_message: called with (actor name, urgent, message) for each frame that decodes.
+        on_message: called with (actor name, message) for each frame that decodes.
 
     Attributes:
         address: where others reach this endpoint.
@@ -216,9 +216,7 @@ class Transport:
         StartupError: the own address cannot be bound.
     """
 
-    def __init__(
-        self, wire: TransportSettings, on_message: Callable[[str, bool, Message], None]
-    ) -> None:
+    def __init__(self, wire: TransportSettings, on_message: Callable[[str, Message], None]) -> None:
         self._loop, self._on_message = asyncio.get_running_loop(), on_message
         self._keys = wire.keys
         self.foreign_frames = 0
@@ -279,13 +277,13 @@ class Transport:
         self._loop.add_reader(self._fd, self._pump)
         self._loop.call_soon(self._pump)  # edge-triggered: look once before waiting
 
-    def send(self, peer: int, name: str, urgent: bool, body: bytes) -> None:
+    def send(self, peer: int, name: str, body: bytes) -> None:
         """Queue one encoded message for a peer that is connected to.
 
         Raises:
             PeerLost: it has stopped reading.
         """
-        self._outs[peer].push(frame_head(name, urgent) + body)
+        self._outs[peer].push(frame_head(name) + body)
 
     def reject(self, why: str) -> None:
         """Count a frame, or its content, as foreign."""
@@ -321,12 +319,12 @@ class Transport:
             except zmq.Again:
                 return
             try:
-                name, urgent, body = split_frame(frame)
+                name, body = split_frame(frame)
                 msg = decode(body)
             except CodecError as error:
                 self.reject(str(error))
                 continue
-            self._on_message(name, urgent, msg)
+            self._on_message(name, msg)
         self._loop.call_soon(self._pump)
 
 
@@ -415,22 +413,22 @@ class _PeerSocket:
 
 
 @cache
-def frame_head(name: str, urgent: bool) -> bytes:
+def frame_head(name: str) -> bytes:
     """The header of a message on the wire."""
-    head: bytes = msgpack.packb((name, urgent))
+    head: bytes = msgpack.packb(name)
     assert len(head) <= HEAD_LIMIT, name
     return head
 
 
-def split_frame(frame: bytes) -> tuple[str, bool, memoryview]:
-    """Actor name, urgency and message of one frame. Raises CodecError for any other bytes."""
+def split_frame(frame: bytes) -> tuple[str, memoryview]:
+    """Actor name and message of one frame. Raises CodecError for any other bytes."""
     view = memoryview(frame)
     reader = msgpack.Unpacker(use_list=False)
     reader.feed(view[:HEAD_LIMIT])
     try:
-        name, urgent = reader.unpack()
-        if type(name) is not str or type(urgent) is not bool:
-            raise TypeError("not (name, urgent)")
+        name = reader.unpack()
+        if type(name) is not str:
+            raise TypeError("not a name")
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise CodecError(f"{len(frame)} bytes without a header: {error!r}") from error
-    return name, urgent, view[reader.tell() :]
+    return name, view[reader.tell() :]

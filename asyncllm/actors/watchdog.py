@@ -227,7 +227,7 @@ class Watchdog(Actor[Inbox]):
                 node=topology[me].node,
                 address=self.system.address,
             )
-            self.system.at_coordinator("watchdog").tell(hello, urgent=True)
+            self.system.at_coordinator("watchdog").tell(hello)
         self._arm()
         self._hooks.beat(me, now)
         if self._hooks.watch_s > 0:
@@ -277,7 +277,7 @@ class Watchdog(Actor[Inbox]):
         """Give the other HTTP processes a moment to end their streams with an error."""
         for endpoint in self._heard if self._leads else ():
             if endpoint in self.system.topology.placed("frontend"):
-                self.system.ref("watchdog", endpoint).tell(ServerLost(), urgent=True)
+                self.system.ref("watchdog", endpoint).tell(ServerLost())
 
     def stopped(self) -> None:
         if self._timer is not None:
@@ -338,11 +338,11 @@ class Watchdog(Actor[Inbox]):
         self._absent.discard(msg.endpoint)
         self._heard[msg.endpoint] = self._hooks.clock()
         if self._busy is not None:
-            self.system.ref("watchdog", msg.endpoint).tell(Halt(), urgent=True)
+            self.system.ref("watchdog", msg.endpoint).tell(Halt())
         elif self._open:  # it replaces another one
             log.info("%s serves", topology.name(msg.endpoint))
             self._welcome(*self._heard)
-            self.system.ref("frontend", msg.endpoint).tell(Started(), urgent=True)
+            self.system.ref("frontend", msg.endpoint).tell(Started())
         else:
             self._start_serving()
 
@@ -354,12 +354,12 @@ class Watchdog(Actor[Inbox]):
         self._welcome(*self._heard)
         for name in ("frontend", "agent"):
             for endpoint in self.system.topology.placed(name):
-                self.system.ref(name, endpoint).tell(Started(), urgent=True)
+                self.system.ref(name, endpoint).tell(Started())
 
     def _welcome(self, *endpoints: int) -> None:
         welcome = Welcome(contract=self._config.contract, topology=self.system.topology)
         for endpoint in endpoints:
-            self.system.ref("watchdog", endpoint).tell(welcome, urgent=True)
+            self.system.ref("watchdog", endpoint).tell(welcome)
 
     def _replaced(self, msg: WorkerReplaced) -> None:
         """An HTTP worker is replaced: stop waiting for the old one; expect the new one."""
@@ -369,7 +369,7 @@ class Watchdog(Actor[Inbox]):
         self._absent.discard(msg.endpoint)
         for name in ("balancer", "scheduler", "director", "agent", "config_client"):
             for endpoint in topology.placed(name):
-                self.system.ref(name, endpoint).tell(EndpointGone(msg.endpoint), urgent=True)
+                self.system.ref(name, endpoint).tell(EndpointGone(msg.endpoint))
         if msg.by is not None:
             self._absent.add(msg.by.id)
         self._drained("frontend", msg.endpoint)
@@ -391,14 +391,14 @@ class Watchdog(Actor[Inbox]):
         leader = topology.leader(group).id
         end = ServerLost(f"its group is lost: {why}")
         for rank in topology.group(group):
-            system.ref("watchdog", rank.id).tell(end, urgent=True)
+            system.ref("watchdog", rank.id).tell(end)
             self._hooks.kill(rank.id)
             self._heard.pop(rank.id, None)
         system.join(left)
         self._welcome(*self._heard)
         for name in ("balancer", "tokenizer", "detokenizer", "frontend"):
             for endpoint in left.placed(name):
-                system.ref(name, endpoint).tell(GroupRemoved(group, leader, why), urgent=True)
+                system.ref(name, endpoint).tell(GroupRemoved(group, leader, why))
         self._drained("scheduler", leader)
 
     def _watch_forever(self) -> None:
@@ -454,7 +454,7 @@ class Watchdog(Actor[Inbox]):
 
     def _drain(self, timeout_s: float) -> None:
         if not self._leads:
-            self.system.at_coordinator("watchdog").tell(Drain(timeout_s), urgent=True)
+            self.system.at_coordinator("watchdog").tell(Drain(timeout_s))
         elif self._busy is not None:
             log.info("second signal: stopping at once")
             self._halt()
@@ -465,7 +465,7 @@ class Watchdog(Actor[Inbox]):
             self._busy = {(who, e) for who, e in working if e not in self._absent}
             self._deadline = self._hooks.clock() + timeout_s
             for who, endpoint in sorted(self._busy):
-                self.system.ref(who, endpoint).tell(Drain(timeout_s), urgent=True)
+                self.system.ref(who, endpoint).tell(Drain(timeout_s))
 
     def _drained(self, who: str, endpoint: int) -> None:
         if self._busy is not None:
@@ -481,11 +481,11 @@ class Watchdog(Actor[Inbox]):
             self._aborting, self._deadline = True, now + ABORT_S
             for name in ("scheduler", "director"):
                 for endpoint in self.system.topology.placed(name):
-                    self.system.ref(name, endpoint).tell(Drain(0.0), urgent=True)
+                    self.system.ref(name, endpoint).tell(Drain(0.0))
 
     def _halt(self) -> None:
         for endpoint in self._heard:
-            self.system.ref("watchdog", endpoint).tell(Halt(), urgent=True)
+            self.system.ref("watchdog", endpoint).tell(Halt())
         for endpoint in self._absent:  # still loading, cannot be told
             self._hooks.kill(endpoint)
         self.system.stop()
@@ -510,7 +510,7 @@ class Watchdog(Actor[Inbox]):
         )
         self._scrapes, self._log_wanted = [], False
         for name, endpoint in sorted(probe.silent):
-            self.system.ref(name, endpoint).tell(Probe(probe.query), urgent=True)
+            self.system.ref(name, endpoint).tell(Probe(probe.query))
         if not probe.silent:
             self._report(probe)
 
@@ -564,7 +564,7 @@ class Watchdog(Actor[Inbox]):
                 loads=state.loads,
                 moved=state.moved,
             )
-            system.ref(scrape.asks, scrape.endpoint).tell(answer, urgent=True)
+            system.ref(scrape.asks, scrape.endpoint).tell(answer)
 
     def _log(self, state: StatsSnapshot) -> None:
         """Log throughput since the last line, if there was any activity."""

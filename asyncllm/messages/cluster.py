@@ -6,7 +6,7 @@ from asyncllm.codec import Message, message
 from asyncllm.messages.checks import are_counts
 
 
-@message(90)
+@message(90, urgent=True)
 class AskServing(Message):
     """frontend -> director or agent: send me ``Serving``, now and whenever it changes."""
 
@@ -16,14 +16,14 @@ class AskServing(Message):
         return are_counts(self.endpoint)
 
 
-@message(91)
+@message(91, urgent=True)
 class Serving(Message):
     """director or agent -> frontend: whether requests can be served."""
 
     lacks: str  # what is missing; "": nothing
 
 
-@message(92)
+@message(92, urgent=True)
 class AskNodes(Message):
     """frontend -> director: which nodes are connected?"""
 
@@ -34,7 +34,7 @@ class AskNodes(Message):
         return are_counts(self.endpoint)
 
 
-@message(93)
+@message(93, urgent=True)
 class NodesAnswer(Message):
     """director -> frontend: the answer to ``AskNodes``."""
 

@@ -21,7 +21,7 @@ from asyncllm.records import KvDestination, TransferTotals, int32s
 # -- inside a node -------------------------------------------------------------------------------
 
 
-@message(70)
+@message(70, urgent=True)
 class ImportPlaced(Message):
     """scheduler -> agent: an importing request has its slots; K/V may be sent."""
 
@@ -34,9 +34,9 @@ class ImportPlaced(Message):
         return is_rid(self.rid) and are_counts(self.leader) and 0 <= self.hit < self.length
 
 
-@message(71)
+@message(71, urgent=True)
 class BeginDecode(Message):
-    """agent -> scheduler, urgent, by ``Submit``'s route: continue from this first token.
+    """agent -> scheduler, by ``Submit``'s route: continue from this first token.
 
     It may arrive before or after the K/V. Master -> decode node: the same, with the ticket as rid.
     """
@@ -48,7 +48,7 @@ class BeginDecode(Message):
         return is_rid(self.rid) and are_counts(self.token)
 
 
-@message(72)
+@message(72, urgent=True)
 class ImportKv(Message):
     """scheduler -> kv_transfer of every rank of the group: K/V of this request will arrive.
 
@@ -72,7 +72,7 @@ class ImportKv(Message):
         )
 
 
-@message(73)
+@message(73, urgent=True)
 class ExportKv(Message):
     """scheduler -> kv_transfer of every rank of the group: send this request's K/V there.
 
@@ -87,7 +87,7 @@ class ExportKv(Message):
         return is_rid(self.rid) and self.to.valid
 
 
-@message(74)
+@message(74, urgent=True)
 class KvComputed(Message):
     """scheduler -> kv_transfer of every rank of the group: send these K/V.
 
@@ -113,9 +113,9 @@ class KvComputed(Message):
         )
 
 
-@message(75)
+@message(75, urgent=True)
 class CancelTransfer(Message):
-    """scheduler -> kv_transfer of every rank of the group, urgent: cancel this import or export.
+    """scheduler -> kv_transfer of every rank of the group: cancel this import or export.
 
     An unanswered import is answered by ``TransferFailed``, every open ``KvComputed`` by ``KvSent``,
     as soon as nothing touches the slots any more. Unknown rids are ignored.
@@ -127,7 +127,7 @@ class CancelTransfer(Message):
         return is_rid(self.rid)
 
 
-@message(76)
+@message(76, urgent=True)
 class KvArrived(Message):
     """kv_transfer -> scheduler@leader: this rank has all K/V of an import, visible to any later
     step. It writes no more."""
@@ -139,7 +139,7 @@ class KvArrived(Message):
         return is_rid(self.rid) and are_counts(self.rank)
 
 
-@message(77)
+@message(77, urgent=True)
 class TransferFailed(Message):
     """kv_transfer -> scheduler@leader: this rank will not get all K/V of an import, and writes
     no more."""
@@ -152,7 +152,7 @@ class TransferFailed(Message):
         return is_rid(self.rid) and are_counts(self.rank)
 
 
-@message(78)
+@message(78, urgent=True)
 class KvSent(Message):
     """kv_transfer -> scheduler@leader: this rank and its receivers are done with the slots of a
     ``KvComputed``, whether or not they were sent."""

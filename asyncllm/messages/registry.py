@@ -42,7 +42,7 @@ class AnnounceMaster(Message):
         return bool(self.host) and _is_port(self.port)
 
 
-@message(121)
+@message(121, urgent=True)
 class MasterList(Message):
     """registry -> config_client -> agent and frontends, on every change: all registered masters."""
 
@@ -53,7 +53,7 @@ class MasterList(Message):
         return all(each.host and _is_port(each.port) for each in self.masters)
 
 
-@message(122)
+@message(122, urgent=True)
 class AskMasters(Message):
     """frontend -> config_client: send me ``MasterList``, now and on every change."""
 

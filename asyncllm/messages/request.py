@@ -37,7 +37,7 @@ class Tokenize(Message):
     prediction: str = ""  # of a chat: what the answer may repeat
 
 
-@message(2)
+@message(2, urgent=True)
 class Accepted(Message):
     """tokenizer -> frontend (same process): the prompt is valid and has been passed on."""
 
@@ -47,7 +47,7 @@ class Accepted(Message):
     cut: bool = False  # ``prompt`` was truncated
 
 
-@message(3)
+@message(3, urgent=True)
 class Submit(Message):
     """tokenizer or agent -> scheduler, through the balancer if there are several groups.
 
@@ -96,9 +96,9 @@ class Submit(Message):
         return params.possible(vocab_size) and are_below(vocab_size, *ids)
 
 
-@message(4)
+@message(4, urgent=True)
 class Abort(Message):
-    """frontend -> tokenizer -> scheduler, urgent, by the route of the message that started it.
+    """frontend -> tokenizer -> scheduler, by the route of the message that started it.
 
     The tokenizer forwards it unless the request is still there; unknown and ended ids are ignored.
     """
@@ -109,7 +109,7 @@ class Abort(Message):
         return is_rid(self.rid)
 
 
-@message(9)
+@message(9, urgent=True)
 class Cancel(Message):
     """frontend -> coordinator -> every frontend: end requests early, each with its output so
     far."""
@@ -117,7 +117,7 @@ class Cancel(Message):
     request_id: str  # the client's X-Request-Id or the answer's id; "": all requests
 
 
-@message(5)
+@message(5, urgent=True)
 class OpenTextStream(Message):
     """tokenizer -> detokenizer (same process), before Submit: how to turn this request's ids into
     text."""
@@ -144,7 +144,7 @@ class CountTokens(Message):
     client: int = 0  # as in Tokenize
 
 
-@message(7)
+@message(7, urgent=True)
 class TokensCounted(Message):
     """tokenizer -> frontend: the answer to ``CountTokens``."""
 
@@ -153,7 +153,7 @@ class TokensCounted(Message):
     failure: Failure | None = None  # why counting failed
 
 
-@message(8)
+@message(8, urgent=True)
 class PromptEncoded(Message):
     """tokenizer -> itself: the result of a pool thread, or a timeout."""
 
@@ -166,7 +166,7 @@ class PromptEncoded(Message):
     prediction: array[int] = field(default_factory=int32s)  # as in Submit
 
 
-@message(26)
+@message(26, urgent=True)
 class CompileGrammar(Message):
     """tokenizer -> grammar@leader: compile this grammar; the answer is ``GrammarReady``.
 
@@ -183,7 +183,7 @@ class CompileGrammar(Message):
         return self.endpoint >= 0 and self.job >= 0 and self.kind in GRAMMARS
 
 
-@message(27)
+@message(27, urgent=True)
 class GrammarReady(Message):
     """grammar@leader -> tokenizer: requests with this grammar can be submitted, or why not."""
 
@@ -195,7 +195,7 @@ class GrammarReady(Message):
         return self.failure is None or self.failure.valid
 
 
-@message(28)
+@message(28, urgent=True)
 class GrammarBuilt(Message):
     """grammar@leader -> itself: the result of a pool thread."""
 
@@ -204,7 +204,7 @@ class GrammarBuilt(Message):
     failure: Failure | None = None
 
 
-@message(29)
+@message(29, urgent=True)
 class ConstraintsAdvanced(Message):
     """scheduler -> itself: a thread's results for constraints."""
 
@@ -267,7 +267,7 @@ class TokenTexts(Message):
     logprobs: array[float]  # of the tokens; NaN: unknown
 
 
-@message(52)
+@message(52, urgent=True)
 class EventsRendered(Message):
     """frontend -> itself: a thread has rendered the next events of the stream of ``rid``."""
 
@@ -275,9 +275,9 @@ class EventsRendered(Message):
     events: bytes
 
 
-@message(22)
+@message(22, urgent=True)
 class StopHit(Message):
-    """detokenizer -> scheduler, urgent, by ``Submit``'s route.
+    """detokenizer -> scheduler, by ``Submit``'s route.
 
     A stop string or a stop sequence was found after ``num_tokens``.
     """
@@ -289,7 +289,7 @@ class StopHit(Message):
         return is_rid(self.rid) and are_counts(self.num_tokens)
 
 
-@message(23)
+@message(23, urgent=True)
 class Finished(Message):
     """scheduler -> detokenizer -> frontend, or tokenizer -> frontend: exactly one per request."""
 
@@ -325,7 +325,7 @@ class RequestsOrphaned(Message):
     why: str
 
 
-@message(51)
+@message(51, urgent=True)
 class ResubmitRequests(Message):
     """detokenizer -> balancer: the answer to ``RequestsOrphaned``."""
 
@@ -336,6 +336,6 @@ class ResubmitRequests(Message):
         return are_natural(self.rids, self.over)
 
 
-@message(24)
+@message(24, urgent=True)
 class FlushStreams(Message):
     """detokenizer -> itself: continue with the streams that have new tokens."""

@@ -11,7 +11,7 @@ from asyncllm.records import AnsweredRequest, GroupLoad, TransferTotals
 from asyncllm.topology import Contract, Endpoint, Topology
 
 
-@message(36)
+@message(36, urgent=True)
 class Hello(Message):
     """every other watchdog -> coordinator: loading is done; introduces itself."""
 
@@ -21,7 +21,7 @@ class Hello(Message):
     address: str  # where its ZMQ socket is bound
 
 
-@message(32)
+@message(32, urgent=True)
 class Drain(Message):
     """coordinator -> every frontend and the scheduler: no new requests; running ones may finish."""
 
@@ -36,17 +36,17 @@ class Drained(Message):
     endpoint: int
 
 
-@message(34)
+@message(34, urgent=True)
 class Halt(Message):
     """coordinator -> every watchdog: stop this endpoint now."""
 
 
-@message(35)
+@message(35, urgent=True)
 class Started(Message):
     """coordinator -> every frontend, and the agent: all are there and warmed up; start serving."""
 
 
-@message(37)
+@message(37, urgent=True)
 class ServerLost(Message):
     """coordinator -> another watchdog: the server fails, or continues without the receiver's group;
     end running requests with an error."""
@@ -54,7 +54,7 @@ class ServerLost(Message):
     why: str = "the server has failed"
 
 
-@message(48)
+@message(48, urgent=True)
 class GroupFailed(Message):
     """the process that starts the others of a node -> coordinator: a group has failed."""
 
@@ -62,7 +62,7 @@ class GroupFailed(Message):
     why: str
 
 
-@message(49)
+@message(49, urgent=True)
 class GroupRemoved(Message):
     """coordinator -> balancer, and every tokenizer, detokenizer and frontend: the server continues
     without a group. Later messages of its leader are ignored."""
@@ -72,7 +72,7 @@ class GroupRemoved(Message):
     why: str
 
 
-@message(47)
+@message(47, urgent=True)
 class Welcome(Message):
     """coordinator -> every other one: all are there, or one of them does not match."""
 
@@ -80,7 +80,7 @@ class Welcome(Message):
     topology: Topology
 
 
-@message(38)
+@message(38, urgent=True)
 class EndpointGone(Message):
     """coordinator -> whoever keeps something for an endpoint: its process has ended.
 
@@ -90,7 +90,7 @@ class EndpointGone(Message):
     endpoint: int
 
 
-@message(39)
+@message(39, urgent=True)
 class WorkerReplaced(Message):
     """the process -> coordinator: an HTTP worker has ended; another one starts in its place."""
 
@@ -98,7 +98,7 @@ class WorkerReplaced(Message):
     by: Endpoint | None  # None: none, the server is ending
 
 
-@message(40)
+@message(40, urgent=True)
 class Scrape(Message):
     """frontend or agent -> coordinator: report the state of the whole server."""
 
@@ -107,7 +107,7 @@ class Scrape(Message):
     asks: str = "frontend"  # an agent only wants the loads
 
 
-@message(41)
+@message(41, urgent=True)
 class Scraped(Message):
     """coordinator -> whoever sent ``Scrape``."""
 
@@ -117,7 +117,7 @@ class Scraped(Message):
     moved: TransferTotals = field(default_factory=TransferTotals)
 
 
-@message(42)
+@message(42, urgent=True)
 class Probe(Message):
     """coordinator -> ``Topology.reporters``: report your counters."""
 

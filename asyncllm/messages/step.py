@@ -134,7 +134,7 @@ class StepDone(Message):
     device_ms: float = 0.0  # between its first and last operation; 0: not measured
 
 
-@message(15)
+@message(15, urgent=True)
 class LaunchDue(Message):
     """scheduler -> itself: launch the delayed step."""
 
@@ -148,7 +148,7 @@ class GroupProgress(Message):
     ended: array[int] = field(default_factory=int64s)
 
 
-@message(17)
+@message(17, urgent=True)
 class OfferStep(Message):
     """scheduler -> lockstep, if groups step together: the size of the group's next step."""
 
@@ -161,14 +161,14 @@ class OfferStep(Message):
         return self.step > 0 and are_counts(self.endpoint, self.num_tokens)
 
 
-@message(18)
+@message(18, urgent=True)
 class JoinStep(Message):
     """lockstep -> scheduler: another group needs this step; offer it too, even if without rows."""
 
     step: int
 
 
-@message(19)
+@message(19, urgent=True)
 class StepAgreed(Message):
     """lockstep -> every scheduler: every group has offered this step; launch it."""
 

@@ -100,13 +100,13 @@ class Lease:
         match msg:
             case PeerJoined(peer, _, where):
                 if self._search.joined(peer, where):
-                    self._channel.send(peer, "registry", False, encode(self._asks))
+                    self._channel.send(peer, "registry", encode(self._asks))
             case PeerLeft(peer):
                 self._search.left(peer)
             case PeerRefused(where, why):
                 self._fail(f"the config_server at {where} does not take this server: {why}")
 
-    def _told(self, peer: int, name: str, urgent: bool, msg: Message) -> str | None:
+    def _told(self, peer: int, name: str, msg: Message) -> str | None:
         match msg:
             case PortLeased():
                 # servers that come later must not join this rendezvous

@@ -337,7 +337,7 @@ class Server:
     def _node_gone(self, node: int, why: str) -> None:
         if not self._system.over:  # otherwise all were told to end
             for group in sorted({rank.group for rank in self._boot.topology.on(node)}):
-                self._system.ref("watchdog").tell(GroupFailed(group, why), urgent=True)
+                self._system.ref("watchdog").tell(GroupFailed(group, why))
 
     def _say_ready(self) -> None:
         boot = self._boot
@@ -363,7 +363,7 @@ class Server:
             self._abandon(0)
         self._drains = True
         drain = Drain(self._boot.config.drain_timeout)
-        self._system.ref("watchdog").tell(drain, urgent=True)
+        self._system.ref("watchdog").tell(drain)
 
     def _node_lost(self, code: int, why: str) -> None:
         self._heard_of_it.set()
@@ -414,7 +414,7 @@ class Server:
             self._children.kill_one(rank.id)
         if not self._boot.coordinates:
             logger.error("%s: group %d is lost", what, group)
-        self._system.at_coordinator("watchdog").tell(GroupFailed(group, what), urgent=True)
+        self._system.at_coordinator("watchdog").tell(GroupFailed(group, what))
         return True
 
     def _replace(self, dead: Endpoint, what: str) -> None:
@@ -438,7 +438,7 @@ class Server:
             topology = self._system.topology.replaced(dead.id, by)
             self._start_child(by, topology)
             logger.error("%s: %s replaces it", what, topology.name(by.id))
-        self._system.ref("watchdog").tell(WorkerReplaced(dead.id, by), urgent=True)
+        self._system.ref("watchdog").tell(WorkerReplaced(dead.id, by))
 
     def _fail(self, code: int, reason: str) -> None:
         """End with ``code`` after notifying those who wait for answers. On the loop."""

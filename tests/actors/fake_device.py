@@ -467,9 +467,9 @@ class Mailbox:
     encode_local: bool
     queue: list[Any] = field(default_factory=list)
 
-    def tell(self, msg: Any, *, urgent: bool = False) -> None:
+    def tell(self, msg: Any) -> None:
         bounded_by_admission = Finished | ImportKv | ExportKv | KvComputed
-        assert urgent or not isinstance(msg, bounded_by_admission), "may be refused"
+        assert msg.urgent or not isinstance(msg, bounded_by_admission), "may be refused"
         msg = decode(encode(msg)) if self.encode_local else msg
         self.queue.append(msg)
 
@@ -621,8 +621,8 @@ class World:
         self.tokens[rid] = list(msg.outputs)
         self.ref("scheduler").tell(msg)
 
-    def tell(self, msg: Any, *, urgent: bool = False) -> None:
-        self.ref("scheduler").tell(msg, urgent=urgent)
+    def tell(self, msg: Any) -> None:
+        self.ref("scheduler").tell(msg)
 
     def spawn(self, actor: Any, work: Coroutine[Any, Any, Any]) -> None:
         self.threads.append(work)
@@ -646,7 +646,7 @@ class World:
         if key[0] == "thread":
             with pytest.raises(StopIteration) as ended:
                 self.threads.popleft().send(None)
-            self.tell(ended.value.value, urgent=True)
+            self.tell(ended.value.value)
             return
         batch = self.boxes[key].take()
         if key[0] == "scheduler":
@@ -746,7 +746,7 @@ class World:
             if not params.grammar:
                 assert bool(ends) == (late and (eos or token in params.stop_token_ids))
             if len(self.tokens[rid]) == self.stop_after.get(rid):
-                self.tell(StopHit(rid, self.stop_after[rid]), urgent=True)
+                self.tell(StopHit(rid, self.stop_after[rid]))
         for rid, logprobs in msg.prompt:
             scores, first = logprobs.chosen, len(self.parts[rid]) + 1
             ids = i32(range(first, first + len(scores)))

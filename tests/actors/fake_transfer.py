@@ -246,7 +246,7 @@ class Pair:
         """Both halves of an attempt."""
         for world, rid in ((self.p, client.here), (self.d, client.there)):
             if rid >= 0:
-                world.tell(Abort(rid), urgent=True)
+                world.tell(Abort(rid))
         client.here = client.there = -1
 
     def abort(self, client: Client) -> None:
@@ -290,9 +290,9 @@ class Pair:
         client.logprobs.append(score)
         if len(client.tokens) == client.stop_after:
             if client.there >= 0:
-                self.d.tell(StopHit(client.there, client.stop_after), urgent=True)
+                self.d.tell(StopHit(client.there, client.stop_after))
             elif client.here >= 0:
-                self.p.tell(StopHit(client.here, client.stop_after), urgent=True)
+                self.p.tell(StopHit(client.here, client.stop_after))
 
     def _finished(self, world: World, end: Finished) -> None:
         client = self.of[id(world), end.rid]
@@ -301,7 +301,7 @@ class Pair:
         if world is self.p:
             client.here = -1
             if end.reason is FinishReason.MOVED:
-                self.d.tell(BeginDecode(client.there, client.tokens[-1]), urgent=True)
+                self.d.tell(BeginDecode(client.there, client.tokens[-1]))
                 return
         else:
             client.there = -1

@@ -51,11 +51,11 @@ class Office:
         self.system = ActorSystem(topology=Topology.on_one_node(tp=2, dp=2), encode_local=True)
         deliver = self.system.deliver
 
-        def divert(endpoint: int, name: str, msg: Any, urgent: bool) -> None:
+        def divert(endpoint: int, name: str, msg: Any) -> None:
             if endpoint:
                 self.log.append((endpoint, name, msg))
             else:
-                deliver(endpoint, name, msg, urgent)
+                deliver(endpoint, name, msg)
 
         self.system.deliver = divert  # type: ignore[method-assign]
         for name in ("scheduler", "grammar", "detokenizer"):

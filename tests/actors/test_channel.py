@@ -31,7 +31,7 @@ from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import CurveKeys, frame_head, known_to
 from asyncllm.codec import Message, decode, encode, protocol
 from asyncllm.errors import StartupError
-from asyncllm.messages import EndpointGone, Halt
+from asyncllm.messages import Halt, StepFinished
 from tests.actors.test_transport import run
 
 KEYS = CurveKeys.make()
@@ -43,7 +43,7 @@ WAIT_S = 15.0
 class Owner(Actor[PeerMessage | PeerJoined | PeerLeft | PeerRefused]):
     """Keeps what it is told."""
 
-    foreign = frozenset({EndpointGone})
+    foreign = frozenset({StepFinished})
 
     def __init__(self) -> None:
         super().__init__("owner")
@@ -65,11 +65,11 @@ class Owner(Actor[PeerMessage | PeerJoined | PeerLeft | PeerRefused]):
                     self.refused.append(msg)
 
     def possible(self, msg: Message) -> bool:
-        return not (isinstance(msg, PeerMessage) and msg.msg == EndpointGone(66_666))
+        return not (isinstance(msg, PeerMessage) and msg.msg == StepFinished(66_666))
 
     @property
     def numbers(self) -> list[int]:
-        return [each.msg.endpoint for each in self.got if isinstance(each.msg, EndpointGone)]
+        return [each.msg.step for each in self.got if isinstance(each.msg, StepFinished)]
 
 
 class End:
@@ -86,7 +86,7 @@ class End:
         return self.owner.joined[-1].peer
 
     def tell(self, number: int, name: str = "owner") -> None:
-        self.system.ref(name, self.peer).tell(EndpointGone(number))
+        self.system.ref(name, self.peer).tell(StepFinished(number))
 
 
 def an_info(role: str = "prefill", **changes: object) -> PeerInfo:
@@ -124,14 +124,14 @@ class Raw:
         self.sock.connect(f"tcp://127.0.0.1:{port}")
 
     async def say(self, msg: Message) -> None:
-        await self.sock.send(frame_head(f"#{protocol()}", True) + encode(msg))
+        await self.sock.send(frame_head(f"#{protocol()}") + encode(msg))
 
     async def hears(self, kind: type) -> Message:
         """The next message of the channel's own of this kind."""
         async with asyncio.timeout(WAIT_S):
             while True:
                 frame = await self.sock.recv()
-                head = frame_head(f"#{protocol()}", True)
+                head = frame_head(f"#{protocol()}")
                 if frame.startswith(head) and isinstance(msg := decode(frame[len(head) :]), kind):
                     return msg
 
@@ -230,7 +230,7 @@ def test_another_version_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> 
         one = hub()
         async with running(one):
             raw = Raw(one.channel.port)
-            await raw.sock.send(frame_head("#other", True) + b"whatever it means there")
+            await raw.sock.send(frame_head("#other") + b"whatever it means there")
             bye = await raw.hears(PeerGoodbye)
             assert bye == PeerGoodbye(f"its protocol is 'other', ours {protocol()!r}", True)
         assert one.owner.joined == []
@@ -240,9 +240,9 @@ def test_another_version_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> 
 
 MALFORMED = {
     "noise": b"\x00\x01\x02",
-    "no message": frame_head("owner", False) + b"\xc1",
-    "a message that the actor does not take": frame_head("owner", False) + encode(Halt()),
-    "a message that nobody can mean": frame_head("owner", False) + encode(EndpointGone(66_666)),
+    "no message": frame_head("owner") + b"\xc1",
+    "a message that the actor does not take": frame_head("owner") + encode(Halt()),
+    "a message that nobody can mean": frame_head("owner") + encode(StepFinished(66_666)),
     "a second greeting": None,  # its protocol is known when all messages have been imported
 }
 
@@ -251,7 +251,7 @@ MALFORMED = {
 def test_a_malformed_message_of_a_peer_ends_its_connection_and_nothing_else(
     bad: bytes | None,
 ) -> None:
-    greeting = frame_head(f"#{protocol()}", True) + encode(PeerHello(an_info()))
+    greeting = frame_head(f"#{protocol()}") + encode(PeerHello(an_info()))
 
     async def go() -> None:
         one, other = hub(), End(an_info())
@@ -261,12 +261,10 @@ def test_a_malformed_message_of_a_peer_ends_its_connection_and_nothing_else(
             peer = one.peer
             raw = Raw(one.channel.port)
             await raw.greet(an_info("decode"))
-            await raw.sock.send(frame_head("owner", False) + encode(EndpointGone(1)))
+            await raw.sock.send(frame_head("owner") + encode(StepFinished(1)))
             await until(lambda: one.owner.got)
             await raw.sock.send(greeting if bad is None else bad)
-            await raw.sock.send(
-                frame_head("owner", False) + encode(EndpointGone(2))
-            )  # of nobody now
+            await raw.sock.send(frame_head("owner") + encode(StepFinished(2)))  # of nobody now
             assert not (await raw.hears(PeerGoodbye)).refused  # type: ignore[attr-defined]
             await until(lambda: one.owner.left and one.channel.foreign_frames)
             assert one.owner.left[0].info.role == "decode"
@@ -285,7 +283,7 @@ def test_frames_of_those_who_have_not_said_who_they_are_are_dropped_and_counted(
         one = hub()
         async with running(one):
             raw = Raw(one.channel.port)
-            await raw.sock.send(frame_head("owner", False) + encode(EndpointGone(1)))
+            await raw.sock.send(frame_head("owner") + encode(StepFinished(1)))
             await raw.say(PeerHeartbeat())
             await until(lambda: one.system.foreign_frames == 2)
             assert one.owner.got == one.owner.joined == []
@@ -423,13 +421,13 @@ def test_a_peer_that_does_not_read_is_dropped_and_blocks_nobody(
             raw = Raw(one.channel.port)
             await raw.greet(an_info("decode"))
             deaf = one.peer
-            body = frame_head("owner", False)
+            body = frame_head("owner")
             for _ in range(1000):
                 if not one.channel.knows(deaf):
                     break
-                one.channel.send(deaf, "owner", False, body * 20_000)
+                one.channel.send(deaf, "owner", body * 20_000)
             assert not one.channel.knows(deaf)
-            one.system.ref("owner", reads).tell(EndpointGone(5))
+            one.system.ref("owner", reads).tell(StepFinished(5))
             await until(lambda: other.owner.got)
             assert one.owner.left[0].why.startswith("it does not read: ")
 
@@ -446,7 +444,7 @@ def test_a_peer_that_is_killed_while_frames_wait_for_it_is_missed_and_nothing_el
             await raw.greet(an_info("decode"))
             peer = one.peer
             while not one.channel.waiting(peer):
-                one.channel.send(peer, "owner", False, bytes(100_000))
+                one.channel.send(peer, "owner", bytes(100_000))
             raw.close()
             await until(lambda: one.owner.left)
             assert not one.system.over
@@ -463,7 +461,7 @@ def test_an_actor_that_is_overrun_costs_only_the_peer() -> None:
             raw = Raw(one.channel.port)
             await raw.greet(an_info("decode"))
             for i in range(50):  # one wake of the loop takes them all
-                await raw.sock.send(frame_head("owner", False) + encode(EndpointGone(i)))
+                await raw.sock.send(frame_head("owner") + encode(StepFinished(i)))
             await until(lambda: one.owner.left)
             assert one.owner.left[0].why.endswith("owner is overrun")
 

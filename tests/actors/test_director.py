@@ -87,11 +87,11 @@ class Office:
         self.actor = actor(self.channel)  # type: ignore[arg-type]
         deliver = self.system.deliver
 
-        def divert(endpoint: int, name: str, msg: Any, urgent: bool) -> None:
+        def divert(endpoint: int, name: str, msg: Any) -> None:
             if endpoint or name != self.actor.name:
                 self.told.append((endpoint, name, msg))
             else:
-                deliver(endpoint, name, msg, urgent)
+                deliver(endpoint, name, msg)
 
         self.system.deliver = divert  # type: ignore[method-assign]
         self.ref = self.system.add(self.actor)
@@ -102,7 +102,7 @@ class Office:
         for msg in msgs:
             if isinstance(msg, PeerJoined):
                 self.channel.peers[msg.peer] = msg.info
-            self.ref.tell(msg, urgent=True)
+            self.ref.tell(msg)
         for _ in range(6):
             await asyncio.sleep(0)
         return self.told.copy()

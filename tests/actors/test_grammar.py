@@ -203,7 +203,7 @@ def tokenize(
             actor = Tokenizer(text, FakeRenderer(text), limit=20, vocab_size=text.vocab_size)
             ref = system.add(actor)
             for msg in script:
-                ref.tell(msg, urgent=isinstance(msg, Abort))
+                ref.tell(msg)
             await system.run()
             assert actor.waiting == 0
 
@@ -255,7 +255,7 @@ def test_an_abort_while_the_grammar_is_compiled_ends_the_request(text: ModelToke
             if not builder.begun["slow"].is_set():
                 self.system.loop.call_later(0.002, self.look)
                 return
-            self.system.ref("tokenizer").tell(Abort(1), urgent=True)
+            self.system.ref("tokenizer").tell(Abort(1))
             self.system.loop.call_later(0.002, builder.gates["slow"].set)
 
     log: list[tuple[str, Any]] = []

@@ -201,7 +201,7 @@ def frames(draw: st.DrawFn) -> bytes:
     name = draw(
         st.sampled_from([*NAMES, *(["scheduler", "balancer"] * 3 if cls is Submit else [])])
     )
-    head: bytes = msgpack.packb((name, draw(st.booleans())))
+    head: bytes = msgpack.packb(name)
     return head + bytes(msgpack.packb((TYPES[cls], *fields)))
 
 
@@ -226,7 +226,7 @@ async def survives(rogues: list[bytes]) -> ActorSystem:
                 for rogue in rogues:
                     sock.send(rogue)
             else:
-                sock.send(bytes(msgpack.packb((name, False))) + encode(msg))
+                sock.send(bytes(msgpack.packb(name)) + encode(msg))
         await asyncio.wait((sink.ended, *tasks), timeout=20, return_when=asyncio.FIRST_COMPLETED)
     over = system.over
     for each in (system, worker):
@@ -253,7 +253,7 @@ def test_each_kind_of_senseless_request_is_dropped_and_counted() -> None:
     def submit(prompt: Any = i32([1]), more: Any = None, **changes: Any) -> bytes:  # noqa: B008
         params = {**{f: getattr(good, f) for f in PARAMS}, **changes}
         msg = replace(Submit(rid, prompt, SamplingParams(**params)), **(more or {}))
-        return bytes(msgpack.packb(("scheduler", False))) + encode(msg)
+        return bytes(msgpack.packb("scheduler")) + encode(msg)
 
     bad = [
         submit(b"\0\0\0"), submit(array("f", [1])), submit(i32([VOCAB])), submit(i32([-1])), submit(i32([1] * MAX_LEN)),

@@ -36,7 +36,7 @@ class Office:
         def __init__(self, office: Office, endpoint: int) -> None:
             self.office, self.endpoint = office, endpoint
 
-        def tell(self, msg: Any, *, urgent: bool = False) -> None:
+        def tell(self, msg: Any) -> None:
             self.office.sent.append((self.endpoint, msg))
 
 
@@ -67,7 +67,7 @@ class Pair:
         if name == "lockstep":
             self.lockstep.receive(world.ref("lockstep").take())
             for to, msg in self.office.sent:
-                self.worlds[to].tell(msg, urgent=True)
+                self.worlds[to].tell(msg)
             self.office.sent.clear()
         elif name == "device":
             for each in self.worlds.values():
@@ -123,7 +123,7 @@ def test_random_lives_in_two_groups(seed: int) -> None:
                 prompt = [rng.randrange(4) for _ in range(rng.randrange(1, 20))]
                 world.submit(rid, prompt, max_new_tokens=rng.randrange(1, 12), seed=rid)
             if rng.random() < 0.2 and world.submitted:
-                world.tell(Abort(rng.choice([*world.submitted])), urgent=True)
+                world.tell(Abort(rng.choice([*world.submitted])))
         for _ in range(rng.randrange(30)):
             if ready := pair.mail():
                 pair.turn(*rng.choice(ready))
@@ -145,7 +145,7 @@ def test_a_drained_group_goes_on_stepping_for_the_others() -> None:
     pair = Pair()
     pair.worlds[0].submit(1, [1] * 5, max_new_tokens=9)
     for world in pair.worlds.values():
-        world.tell(Drain(30.0), urgent=True)
+        world.tell(Drain(30.0))
     pair.run(random.Random(1))
     pair.check()
     for world in pair.worlds.values():

@@ -131,7 +131,7 @@ async def serve(asked: list[tuple[list[int], SamplingParams]], encode_local: boo
         if isinstance(msg, Tokens):
             heard(msg)
         elif msg.reason is FinishReason.MOVED:
-            d.ref.tell(BeginDecode(msg.rid, tokens[msg.rid][-1]), urgent=True)
+            d.ref.tell(BeginDecode(msg.rid, tokens[msg.rid][-1]))
         else:
             ended(msg)
 

@@ -14,7 +14,7 @@ from asyncllm.actors.peer_messages import PeerHeartbeat, PeerHello, PeerMessage
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import CurveKeys, TransportSettings, frame_head
 from asyncllm.codec import encode, protocol
-from asyncllm.messages import EndpointGone
+from asyncllm.messages import StepFinished
 from tests.actors.test_channel import End, an_info, running, until
 from tests.actors.test_transport import run
 from tests.raw import mutated, offer, push, raw, scream
@@ -26,7 +26,7 @@ HONEST = 10**12  # numbers that no mutation comes upon
 class Keeper(Actor[Any]):
     """Keeps what comes, from whomever."""
 
-    remote = foreign = frozenset({EndpointGone})
+    remote = foreign = frozenset({StepFinished})
 
     def __init__(self) -> None:
         super().__init__("owner")
@@ -37,8 +37,8 @@ class Keeper(Actor[Any]):
         for msg in batch:
             self.told += 1
             msg = msg.msg if isinstance(msg, PeerMessage) else msg
-            if isinstance(msg, EndpointGone) and msg.endpoint >= HONEST:
-                self.got.append(msg.endpoint)
+            if isinstance(msg, StepFinished) and msg.step >= HONEST:
+                self.got.append(msg.step)
 
 
 class Door(End):
@@ -66,7 +66,7 @@ class Door(End):
         """What the honest one says comes through."""
         said = HONEST + number
         if self.wired:
-            push(self.address, self.keys, [frame_head("owner", False) + encode(EndpointGone(said))])
+            push(self.address, self.keys, [frame_head("owner") + encode(StepFinished(said))])
         else:
             await until(lambda: self.honest.owner.joined)
             self.honest.tell(said)
@@ -74,11 +74,11 @@ class Door(End):
 
     def assail(self, draw: random.Random, keys: CurveKeys | None) -> None:
         """Mutated frames and random ones, from several sockets."""
-        control = frame_head(f"#{protocol()}", True)
+        control = frame_head(f"#{protocol()}")
         valid = [
             control + encode(PeerHello(an_info())),
             control + encode(PeerHeartbeat()),
-            frame_head("owner", False) + encode(EndpointGone(1)),
+            frame_head("owner") + encode(StepFinished(1)),
         ]
         for _ in range(4):
             with raw(self.address, keys, self.sort, linger_ms=500) as sock:

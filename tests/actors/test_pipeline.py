@@ -46,7 +46,7 @@ def test_abort_between_reserve_and_grant_neither_hangs_nor_frees_twice() -> None
     world.submit(2, [2] * 18, max_new_tokens=2)  # has to wait for the first
     world.settle("scheduler")
     assert world.ref("allocator")  # the reservation is open
-    world.tell(Abort(1), urgent=True)
+    world.tell(Abort(1))
     world.settle("scheduler")
     world.run()
     world.check_end()
@@ -61,7 +61,7 @@ def test_requests_of_a_process_that_has_gone_end_untold_and_late_ones_are_ignore
     world.submit(theirs, [2] * 6, max_new_tokens=20)
     world.submit(theirs + 1, [3] * 30, max_new_tokens=20)  # waits
     world.settle("scheduler", "allocator", "runner")
-    world.tell(EndpointGone(1), urgent=True)
+    world.tell(EndpointGone(1))
     world.submit(theirs + 2, [4] * 6, max_new_tokens=20)  # sent before its end
     world.run()
     assert set(world.core.requests) == set()
@@ -120,7 +120,7 @@ def test_abort_of_all_granted_rows_reserves_again_at_once() -> None:
     world.submit(1, [1] * 4, max_new_tokens=4)
     world.submit(2, [2] * 4, max_new_tokens=1)
     world.settle("scheduler")
-    world.tell(Abort(1), urgent=True)
+    world.tell(Abort(1))
     world.settle("allocator", "scheduler", "runner")
     assert world.pending, "the second request is on the device without any other event"
     world.run()
@@ -135,7 +135,7 @@ def test_abort_of_a_running_request_while_its_row_is_reserved_keeps_its_slots_un
     world.turn(("device", 0))
     world.settle("scheduler")  # committed; the next row is being reserved
     assert world.ref("allocator")
-    world.tell(Abort(1), urgent=True)
+    world.tell(Abort(1))
     world.settle("scheduler", "allocator", "detokenizer")
     assert world.ledger.used > 0, "one launched step still writes to the lane"
     world.run()
@@ -178,7 +178,7 @@ def test_a_request_tried_while_an_aborted_one_still_holds_its_slots_waits_for_it
     world.submit(1, [1] * 12, max_new_tokens=4)
     world.submit(2, [2] * 12, max_new_tokens=4)
     world.settle("scheduler", "allocator", "runner")
-    world.tell(Abort(1), urgent=True)
+    world.tell(Abort(1))
     world.settle("scheduler", "allocator", "runner")
     assert world.core.requests[2].lane is None, "tried, and not granted"
     reserves = world.reserves
@@ -192,7 +192,7 @@ def test_a_request_tried_while_an_aborted_one_still_holds_its_slots_waits_for_it
 def test_an_abort_in_the_batch_of_its_submit_ends_the_request() -> None:
     world = World()
     world.submit(1, [1, 2, 3], max_new_tokens=50)
-    world.tell(Abort(1), urgent=True)
+    world.tell(Abort(1))
     world.run()
     world.check_end()
     assert world.finished[1].reason == FinishReason.ABORT
@@ -302,8 +302,8 @@ def test_a_stop_hit_ends_with_its_number_of_tokens() -> None:
     world.run()
     world.check_end()
     assert (world.finished[1].reason, world.finished[1].num_tokens) == (FinishReason.STOP, 4)
-    world.tell(StopHit(1, 4), urgent=True)
-    world.tell(Abort(1), urgent=True)
+    world.tell(StopHit(1, 4))
+    world.tell(Abort(1))
     world.run()  # late ones are ignored
 
 
@@ -330,7 +330,7 @@ def test_drain_without_time_aborts_everything() -> None:
     for rid in (1, 2):
         world.submit(rid, [rid] * 4, max_new_tokens=50)
     world.settle("scheduler", "allocator", "runner")
-    world.tell(Drain(0.0), urgent=True)
+    world.tell(Drain(0.0))
     world.run()
     world.check_end()
     assert [world.finished[rid].reason for rid in (1, 2)] == [FinishReason.ABORT] * 2

@@ -15,7 +15,7 @@ from asyncllm.actors import system as system_module
 from asyncllm.actors.base import Actor, MailboxFull
 from asyncllm.actors.system import ActorSystem
 from asyncllm.errors import ActorCrashed, PeerLost, StartupError
-from asyncllm.messages import Abort, EndpointGone, Halt, Started
+from asyncllm.messages import Abort, EndpointGone, Halt, Started, StepFinished
 
 Step = Callable[["Probe", Any], None]
 
@@ -100,19 +100,19 @@ def test_urgent_messages_are_never_refused_and_keep_their_place() -> None:
         probe = Probe("probe", boom)
         probe.capacity = 2
         ref = system.add(probe)
-        ref.tell(EndpointGone(1))
-        ref.tell(EndpointGone(2))
+        ref.tell(StepFinished(1))
+        ref.tell(StepFinished(2))
         with pytest.raises(MailboxFull, match="probe"):
-            ref.tell(EndpointGone(3))
-        ref.tell(Started(), urgent=True)
+            ref.tell(StepFinished(3))
+        ref.tell(Started())
         with pytest.raises(MailboxFull, match="probe"):
-            ref.tell(EndpointGone(3))
-        ref.tell(Halt(), urgent=True)
+            ref.tell(StepFinished(3))
+        ref.tell(Halt())
         assert probe.depth == 4
         await system.run()
         return probe.got
 
-    assert run(go()) == [EndpointGone(1), EndpointGone(2), Started(), Halt()]
+    assert run(go()) == [StepFinished(1), StepFinished(2), Started(), Halt()]
 
 
 def test_a_full_mailbox_here_raises_at_the_teller() -> None:
@@ -123,9 +123,9 @@ def test_a_full_mailbox_here_raises_at_the_teller() -> None:
 
         def flood(actor: Probe, msg: Any) -> None:
             target = actor.system.ref("slow")
-            target.tell(EndpointGone(1))
+            target.tell(StepFinished(1))
             try:
-                target.tell(EndpointGone(2))
+                target.tell(StepFinished(2))
             except MailboxFull:
                 actor.life.append("refused")
             actor.system.stop()

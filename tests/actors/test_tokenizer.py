@@ -100,7 +100,7 @@ def play(
             actor = module.Tokenizer(text, FakeRenderer(text), **given)
             ref = system.add(actor)
             for msg in script:
-                ref.tell(msg, urgent=isinstance(msg, Abort))
+                ref.tell(msg)
             await system.run()
             assert actor.waiting == waiting
 
@@ -530,7 +530,7 @@ def test_abort_of_a_pending_prompt_ends_it_without_a_submit(
             running = asyncio.ensure_future(system.run())
             await asyncio.to_thread(gate.reached.wait, 20)
             for rid in (1, 2, 3, 77):
-                ref.tell(Abort(rid), urgent=True)
+                ref.tell(Abort(rid))
             await running
         return log
 
@@ -805,7 +805,7 @@ def test_an_abort_gives_the_place_in_the_line_back(
                 ref.tell(prompt(rid, "a"))
             running = asyncio.create_task(system.run())
             await asyncio.to_thread(gate.reached.wait, 20)
-            ref.tell(Abort(3), urgent=True)
+            ref.tell(Abort(3))
             await running
         return log
 

@@ -20,24 +20,24 @@ from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import HANDSHAKE_S, CurveKeys, Transport, TransportSettings
 from asyncllm.codec import encode
 from asyncllm.errors import ActorCrashed, PeerLost, StartupError
-from asyncllm.messages import EndpointGone, Halt
+from asyncllm.messages import Halt, StepFinished
 from asyncllm.topology import http_worker
 from tests.raw import offer, push, raw
 
 ZmqAddresses = Callable[[int], list[TransportSettings]]
 
 
-class Sink(Actor[EndpointGone]):
+class Sink(Actor[StepFinished]):
     """Keeps what comes; stops its system at ``last``."""
 
-    remote = frozenset({EndpointGone})
+    remote = frozenset({StepFinished})
 
     def __init__(self, last: int) -> None:
         super().__init__("sink")
         self.last, self.got = last, list[int]()
 
-    def receive(self, batch: list[EndpointGone]) -> None:
-        self.got += [msg.endpoint for msg in batch]
+    def receive(self, batch: list[StepFinished]) -> None:
+        self.got += [msg.step for msg in batch]
         if self.last in self.got:
             self.system.stop()
 
@@ -50,8 +50,8 @@ def run(main: Coroutine[Any, Any, Any]) -> Any:
     return uvloop.run(bounded())
 
 
-def frame(name: str, number: int, urgent: bool = False) -> bytes:
-    return bytes(msgpack.packb((name, urgent))) + encode(EndpointGone(number))
+def frame(name: str, number: int) -> bytes:
+    return bytes(msgpack.packb(name)) + encode(StepFinished(number))
 
 
 def test_frames_arrive_once_and_in_order_even_from_before_the_start(wires: ZmqAddresses) -> None:
@@ -59,7 +59,7 @@ def test_frames_arrive_once_and_in_order_even_from_before_the_start(wires: ZmqAd
         sender = ActorSystem(1, wires(2)[1])
         sink = sender.ref("sink", 0)
         for i in range(3000):  # more than both high-water marks hold: the outbox is used
-            sink.tell(EndpointGone(i))
+            sink.tell(StepFinished(i))
         receiver = ActorSystem(0, wires(2)[0])
         actor = Sink(2999)
         actor.capacity = 10_000
@@ -76,15 +76,14 @@ def test_frames_arrive_once_and_in_order_even_from_before_the_start(wires: ZmqAd
 FOREIGN = {
     "no msgpack": b"GET / HTTP/1.1\r\n\r\n",
     "empty": b"",
-    "header alone": bytes(msgpack.packb(("sink", False))),
-    "header of other types": bytes(msgpack.packb((1, 2))) + encode(EndpointGone(1)),
-    "header of three": bytes(msgpack.packb(("sink", False, 1))) + encode(EndpointGone(1)),
-    "header not a tuple": b"\x05" + encode(EndpointGone(1)),
-    "endless header": b"\x92\xdb\x00\x10\x00\x00" + b"a" * 5000,
-    "header not UTF-8": b"\x92\xa1\xff\xc2" + encode(EndpointGone(1)),
-    "unknown tag": bytes(msgpack.packb(("sink", False))) + b"\x91\x7e",
-    "too few fields": bytes(msgpack.packb(("sink", False))) + b"\x91\x1f",
-    "broken body": bytes(msgpack.packb(("sink", False))) + b"\xc1",
+    "header alone": bytes(msgpack.packb("sink")),
+    "header of another type": b"\x05" + encode(StepFinished(1)),
+    "header of several": bytes(msgpack.packb(("sink", 1))) + encode(StepFinished(1)),
+    "endless header": b"\xdb\x00\x10\x00\x00" + b"a" * 5000,
+    "header not UTF-8": b"\xa1\xff" + encode(StepFinished(1)),
+    "unknown tag": bytes(msgpack.packb("sink")) + b"\x91\x7e",
+    "too few fields": bytes(msgpack.packb("sink")) + bytes([0x91, StepFinished.tag]),
+    "broken body": bytes(msgpack.packb("sink")) + b"\xc1",
 }
 
 
@@ -128,7 +127,7 @@ def test_a_message_that_is_not_for_other_processes_is_dropped(wires: ZmqAddresse
         system = ActorSystem(0, wire)
         actor = Sink(7)
         system.add(actor)
-        halt = bytes(msgpack.packb(("sink", True))) + encode(Halt())
+        halt = bytes(msgpack.packb("sink")) + encode(Halt())
         push(wire.address, wire.keys, [halt, frame("sink", 7)])
         await system.run()
         assert system.foreign_frames == 1
@@ -189,7 +188,7 @@ def test_a_peer_may_come_later_and_another_may_take_its_place(wires: ZmqAddresse
     async def go() -> tuple[list[int], list[int]]:
         keys = CurveKeys.make()
         sender = ActorSystem(0, TransportSettings("tcp://127.0.0.1:*", keys))
-        sender.ref("sink", 1).tell(EndpointGone(0))
+        sender.ref("sink", 1).tell(StepFinished(0))
         assert sender.dead_letters == 1  # nobody is there
         got = []
         for last in (1, 2):
@@ -199,12 +198,12 @@ def test_a_peer_may_come_later_and_another_may_take_its_place(wires: ZmqAddresse
             worker = replace(http_worker(last), address=receiver.address)
             sender.join(sender.topology.replaced(last - 1 or -1, worker))
             sink = sender.ref("sink", last)
-            sink.tell(EndpointGone(last))
+            sink.tell(StepFinished(last))
             await receiver.run()
             got.append(actor.got)
-            sink.tell(EndpointGone(9))  # the other has gone; nobody else gets it
+            sink.tell(StepFinished(9))  # the other has gone; nobody else gets it
         sender.join(sender.topology.replaced(2, None))
-        sink.tell(EndpointGone(0))
+        sink.tell(StepFinished(0))
         assert sender.dead_letters == 2
         with pytest.raises(ValueError, match="nonsense"):
             sender.join(sender.topology.replaced(2, replace(worker, id=3, address="nonsense")))
@@ -250,7 +249,7 @@ def test_a_peer_that_does_not_read_is_lost(
         wire = Transport(wires(2)[0], lambda *_: None)
         try:
             for _ in range(5000):
-                wire.send(1, "sink", False, b"x")
+                wire.send(1, "sink", b"x")
         finally:
             for out in wire._outs.values():
                 out._sock.setsockopt(zmq.LINGER, 0)
@@ -266,12 +265,12 @@ def test_a_peer_lost_in_a_handler_ends_the_endpoint_as_such(
     monkeypatch.setattr(transport, "OUTBOX_LIMIT", 5)
     monkeypatch.setattr(transport, "LINGER_MS", 0)
 
-    class Talker(Actor[EndpointGone]):
+    class Talker(Actor[StepFinished]):
         vital = False  # even so: a message to a peer is lost
 
         def started(self) -> None:
             for i in range(5000):
-                self.system.ref("sink", 1).tell(EndpointGone(i))
+                self.system.ref("sink", 1).tell(StepFinished(i))
 
     async def go() -> None:
         system = ActorSystem(0, wires(2)[0])
@@ -304,7 +303,7 @@ def test_what_was_told_just_before_stop_still_leaves(wires: ZmqAddresses) -> Non
         actor = Sink(9)
         receiver.add(actor)
         sender = ActorSystem(1, wires(2)[1])
-        sender.ref("sink", 0).tell(EndpointGone(9))
+        sender.ref("sink", 0).tell(StepFinished(9))
         sender.stop()
         await sender.run()
         await receiver.run()
@@ -324,7 +323,7 @@ def test_others_dial_what_is_advertised_by_name_or_address(bound: str, advertise
         host = f"[{advertised}]" if ":" in advertised else advertised or bound
         assert there.address.startswith(f"tcp://{host}:")
         here = ActorSystem(0, TransportSettings("tcp://127.0.0.1:*", keys, {1: there.address}))
-        here.ref("sink", 1).tell(EndpointGone(7))
+        here.ref("sink", 1).tell(StepFinished(7))
         await there.run()
         assert sink.got == [7]
         here.close()

@@ -134,9 +134,9 @@ class World:
         self.system = ActorSystem(self.endpoint, topology=self.topology, encode_local=True)
         deliver = self.system.deliver
 
-        def divert(endpoint: int, name: str, msg: Any, urgent: bool) -> None:
+        def divert(endpoint: int, name: str, msg: Any) -> None:
             if endpoint == self.endpoint:
-                deliver(endpoint, name, msg, urgent)
+                deliver(endpoint, name, msg)
             else:
                 self.sent.append((endpoint, name, msg))
 

@@ -52,7 +52,7 @@ def live(
                 if rng.random() < 0.2:
                     world.stop_after[rid] = len(outputs) + rng.randint(1, 6)
         elif aborts and rng.random() < 0.03 and world.submitted:
-            world.tell(Abort(rng.choice(list(world.submitted))), urgent=True)
+            world.tell(Abort(rng.choice(list(world.submitted))))
         elif ready:
             world.turn(rng.choice(ready))
             if not world.ready():
@@ -221,7 +221,7 @@ def test_held_choices_survive_the_end_of_the_first(gone: int) -> None:
         world.submit(rid, list(range(30)), -1 if rid == 1 else 1, max_new_tokens=3, seed=rid)
     world.settle("scheduler", "allocator", "runner")
     assert [len(plan.lanes) for plan in world.device.plans] == [1, 1], "two chunks of the first"
-    world.tell(Abort(gone), urgent=True)
+    world.tell(Abort(gone))
     world.run()
     world.check_end()
     assert {rid for rid, end in world.finished.items() if end.reason == 2} == {gone}

@@ -67,7 +67,7 @@ def preempt(pair: Pair) -> None:
     held = [*world.core.running.values(), *world.core.importing.values()]
     if held:
         world.core._preempt(pair.rng.choice(held))
-        world.tell(Abort(0), urgent=True)  # nobody's; the scheduler looks around
+        world.tell(Abort(0))  # nobody's; the scheduler looks around
 
 
 def live(
@@ -340,7 +340,7 @@ def test_the_balancer_knows_a_request_until_its_kv_have_left() -> None:
     told = [msg for msg in pair.p.others if isinstance(msg, GroupProgress)]
     (begun,) = {rid for msg in told for rid in msg.begun}
     assert not [rid for msg in told for rid in msg.ended]
-    pair.p.tell(Abort(begun), urgent=True)
+    pair.p.tell(Abort(begun))
     pair.abort(client)
     pair.run()
     check_end(pair)
@@ -355,7 +355,7 @@ def test_the_end_of_all_requests_takes_back_what_is_on_its_way(end: Drain | Endp
     client = ask(pair)
     run_until(pair, lambda: bool(client.tokens), pair._send)
     for world in (pair.p, pair.d):
-        world.tell(end, urgent=True)
+        world.tell(end)
         world.settle("scheduler")
         assert world.ledger.used > 0, "ranks have not let go"
     pair.run()
@@ -382,7 +382,7 @@ def test_imports_take_lanes_and_turns_as_others_do() -> None:
         place(world, rid, PROMPT, client=1)
     place(world, 4, PROMPT, client=2)
     assert placed(world) == [1, 4, 2]
-    world.tell(Abort(1), urgent=True)
+    world.tell(Abort(1))
     placed(world)
     world.settle("kv_transfer")
     assert placed(world) == [1, 4, 2, 3]

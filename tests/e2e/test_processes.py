@@ -74,7 +74,7 @@ def send_as_stranger(server: Server, *messages: object) -> None:
         if port != server.port:
             with raw(f"tcp://{host}:{port}", None, linger_ms=200) as sock:
                 for msg in messages:
-                    offer(sock, bytes(msgpack.packb(("watchdog", True))) + encode(msg))
+                    offer(sock, bytes(msgpack.packb("watchdog")) + encode(msg))
 
 
 def test_a_dead_rank_ends_the_server_and_is_named(tiny_dir: Path, tmp_path: Path) -> None:
