@@ -1,4 +1,4 @@
-"""Which JSON schemas are accepted, by keyword, and what share of valid values can come.
+"""Which JSON schemas are accepted, by keyword.
 
     python bench/schemas.py
 
