@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from asyncllm.errors import StartupError
 from asyncllm.models.config_numbers import count, number, truth
-from asyncllm.models.rope import read_rope, yarn_mscale
+from asyncllm.models.rope import read_rope, rope_values, yarn_mscale
 from asyncllm.models.spec import AttentionSpec, ConfigDict, ExpertsSpec, ModelSpec
 
 _DEFAULTS: ConfigDict = {
@@ -118,7 +118,7 @@ def _attention(hf: ConfigDict, *, interleaved: bool) -> AttentionSpec:
 
 def _yarn(hf: ConfigDict) -> float:
     """The factor of queries and keys if the context is extended."""
-    given = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    given = rope_values(hf)
     kind = given.get("rope_type") or given.get("type") or "default"
     every = given.get("mscale_all_dim") or 0
     if not every or kind == "default":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from asyncllm.errors import StartupError
 from asyncllm.models.config_numbers import count
 from asyncllm.models.spec import VISION, ConfigDict, ModelSpec, text_part
 
@@ -79,10 +80,18 @@ def read(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
 
 
 def read3(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
-    """Reads what differs from Gemma 2 in config.json."""
+    """Reads what differs from Gemma 2 in config.json: heads are normed instead of capped."""
+    _uncapped(spec, hf, "attn_logit_softcapping")
     return replace(read(spec, hf), qk_norm=True)
 
 
 def read_text(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
     """Reads what differs from Gemma 2 in the text part of config.json."""
+    _uncapped(spec, hf, "final_logit_softcapping")
     return replace(read3(spec, hf), ignored=VISION)
+
+
+def _uncapped(spec: ModelSpec, hf: ConfigDict, name: str) -> None:
+    """Refuses a cap that transformers' class has a name for, and does not apply."""
+    if (cap := hf.get(name)) is not None:
+        raise StartupError(f"{spec.architecture} with {name} {cap!r} is not available yet")

@@ -187,15 +187,23 @@ def _rope(file: GgufFile, said: ConfigDict, head_dim: int) -> ConfigDict | None:
     context = said["context_length"]
     trained = said.get("rope.scaling.original_context_length")
     factor = said.get("rope.scaling.factor", said.get("rope.scale_linear"))
+    attention = _short(said.get("rope.scaling.attn_factor"))  # multiplies cosines and sines
     long, short, divisors = (
         file.floats(name)
         for name in ("rope_factors_long.weight", "rope_factors_short.weight", _ROPE_TENSORS[0])
     )
+    by_tensors = divisors is not None or (long is not None and short is not None)
+    key, value = ("factor", factor) if by_tensors else ("attn_factor", attention)
+    if value not in (None, 0, 1):
+        raise StartupError(
+            f"{file.path}: rope.scaling.{key} {str(value)[:100]} is not served "
+            f"{'beside' if by_tensors else 'without'} divisors of frequencies"
+        )
     if long is not None and short is not None:
         scaling: ConfigDict = {"rope_type": "longrope", "long_factor": long, "short_factor": short}
         scaling["original_max_position_embeddings"] = trained or context
-        if (told := said.get("rope.scaling.attn_factor")) is not None:
-            scaling["attention_factor"] = _short(told)
+        if attention is not None:
+            scaling["attention_factor"] = attention
         else:
             scaling["factor"] = context / (trained or context)
         return scaling
@@ -205,7 +213,7 @@ def _rope(file: GgufFile, said: ConfigDict, head_dim: int) -> ConfigDict | None:
             "long_factor": divisors,
             "short_factor": divisors,
             "original_max_position_embeddings": context,
-            "attention_factor": 1.0,
+            "attention_factor": 1.0 if attention is None else attention,
         }
     match said.get("rope.scaling.type", "none" if factor is None else "linear"):
         case "none":
@@ -213,7 +221,7 @@ def _rope(file: GgufFile, said: ConfigDict, head_dim: int) -> ConfigDict | None:
         case "linear":
             return {"rope_type": "linear", "factor": _short(factor)} if factor else None
         case "yarn":
-            scaling = {"rope_type": "yarn", "factor": _short(factor)}
+            scaling = {"rope_type": "yarn", "factor": _short(factor) or 1.0}
             scaling["original_max_position_embeddings"] = trained or context
             for name in ("beta_fast", "beta_slow"):
                 scaling[name] = _short(said.get(f"rope.scaling.yarn_{name}"))
@@ -239,7 +247,7 @@ def _gemma2(config: ConfigDict, said: Meta) -> ConfigDict:
     # llama.cpp detects the largest model by its layers; for the others the scale is head_dim
     large = config["num_hidden_layers"] == 46
     return {
-        **_window(config, said),
+        "sliding_window": said.get("attention.sliding_window", 4096) or None,
         "query_pre_attn_scalar": _query_scalar(config, large),
         "attn_logit_softcapping": _short(said.get("attn_logit_softcapping", 50.0)),
         "final_logit_softcapping": _short(said.get("final_logit_softcapping", 30.0)),
@@ -252,8 +260,9 @@ def _gemma3(config: ConfigDict, said: Meta) -> ConfigDict:
         "query_pre_attn_scalar": _query_scalar(config, config["num_hidden_layers"] == 62),
         "rope_theta": _short(said.get("rope.freq_base", 1e6)),
         "rope_local_base_freq": _short(said.get("rope.freq_base_swa", 10000.0)),
+        "final_logit_softcapping": _short(said.get("final_logit_softcapping")) or None,
     }
-    pattern = said.get("attention.sliding_window_pattern", 6)
+    pattern = said.get("attention.sliding_window_pattern", 6 if made["sliding_window"] else 1)
     if isinstance(pattern, list):
         types = {True: "sliding_attention", False: "full_attention"}
         made["layer_types"] = [types[bool(slides)] for slides in pattern]

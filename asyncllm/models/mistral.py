@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from asyncllm.errors import StartupError
 from asyncllm.models.config_numbers import count, number
+from asyncllm.models.rope import trained_positions
 from asyncllm.models.spec import VISION, ConfigDict, ModelSpec, QueryGrowth, text_part
 
 _DEFAULTS: ConfigDict = {
@@ -41,7 +42,8 @@ def config(hf: ConfigDict) -> ConfigDict:
 def config3(hf: ConfigDict) -> ConfigDict:
     """config.json of Ministral 3, whose query scaling is among the rotary parameters."""
     hf = with_windows(_DEFAULTS3 | hf)
-    given = dict(hf.pop("rope_scaling", None) or hf["rope_parameters"])
+    told = hf.pop("rope_scaling", None) or hf["rope_parameters"]
+    given = dict(told or _DEFAULTS3["rope_parameters"])
     beta = given.pop("llama_4_scaling_beta", None)
     return {**hf, "rope_parameters": given, "llama_4_scaling_beta": beta}
 
@@ -68,7 +70,7 @@ def read3(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
     """Reads what is specific in config.json: how queries are scaled."""
     if not (beta := hf.get("llama_4_scaling_beta")):
         return spec
-    trained = count(hf["rope_parameters"], "original_max_position_embeddings")
+    trained = trained_positions(hf["rope_parameters"], hf)
     growth = QueryGrowth(number("llama_4_scaling_beta", beta), trained)
     layers = tuple(replace(layer, query_growth=growth) for layer in spec.layers)
     return replace(spec, layers=layers)

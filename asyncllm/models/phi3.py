@@ -6,11 +6,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from asyncllm.models.mistral import with_windows
+from asyncllm.models.rope import rope_values
 from asyncllm.models.spec import ConfigDict, ModelSpec
 
 _DEFAULTS: ConfigDict = {
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,  # also where only the scaling names another
     "eos_token_id": 32000,
 }
 
@@ -18,11 +20,9 @@ _DEFAULTS: ConfigDict = {
 def config(hf: ConfigDict) -> ConfigDict:
     """config.json of Phi-3, whose first versions name longrope differently."""
     hf = with_windows(_DEFAULTS | hf)
-    if scaling := hf.get("rope_scaling"):
-        if (scaling.get("rope_type") or scaling.get("type")) in {"su", "yarn"}:
-            scaling = {**scaling, "rope_type": "longrope"}
-        hf["rope_scaling"] = scaling
-        hf.setdefault("original_max_position_embeddings", 4096)
+    scaling = rope_values(hf)
+    if (scaling.get("rope_type") or scaling.get("type")) in {"su", "yarn"}:
+        hf["rope_scaling"] = {**scaling, "rope_type": "longrope"}
     return hf
 
 

@@ -117,6 +117,13 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
+def rope_values(hf: ConfigDict) -> ConfigDict:
+    """What a config.json says of its rotary embedding, in the spelling that transformers prefers
+    if there are two; {} if it says nothing."""
+    given: ConfigDict = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    return given
+
+
 def read_rope(hf: ConfigDict, head_dim: int, layer_type: str | None = None) -> Rope:
     """The rotary embedding of a config.json, for layers of ``layer_type`` if it distinguishes them.
 
@@ -126,9 +133,10 @@ def read_rope(hf: ConfigDict, head_dim: int, layer_type: str | None = None) -> R
     Raises:
         StartupError: an unsupported variant, or missing parameters of the variant.
     """
-    given = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    given = rope_values(hf)
     if layer_type is not None and layer_type in given:
-        given = given[layer_type] or {}
+        # nothing that stands beside them counts
+        given, hf = given[layer_type] or {}, {**hf, _TRAINED: None}
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind not in _READERS:
         raise StartupError(f"rope scaling {kind!r} is not available yet")
@@ -179,11 +187,11 @@ def _llama3(given: ConfigDict, hf: ConfigDict, dim: int) -> tuple[Scaling | None
     factor, low, high = (_positive(name, given[name]) for name in names)
     if low >= high:
         raise StartupError(f"low_freq_factor {low} is not less than high_freq_factor {high}")
-    return Llama3Scaling(factor, low, high, _trained(given, hf)), 1.0
+    return Llama3Scaling(factor, low, high, trained_positions(given, hf)), 1.0
 
 
 def _yarn(given: ConfigDict, hf: ConfigDict, dim: int) -> tuple[Scaling | None, float]:
-    trained = _trained(given, hf)
+    trained = trained_positions(given, hf)
     factor = _factor(given, hf, trained)
     scaling = Yarn(
         factor,
@@ -202,7 +210,7 @@ def _yarn(given: ConfigDict, hf: ConfigDict, dim: int) -> tuple[Scaling | None, 
 
 
 def _longrope(given: ConfigDict, hf: ConfigDict, dim: int) -> tuple[Scaling | None, float]:
-    trained = _trained(given, hf)
+    trained = trained_positions(given, hf)
     short, long = (
         tuple(_positive(name, f) for f in given[name]) for name in ("short_factor", "long_factor")
     )
@@ -217,11 +225,11 @@ def _longrope(given: ConfigDict, hf: ConfigDict, dim: int) -> tuple[Scaling | No
     return LongRope(short, long, trained), scale
 
 
-def _trained(given: ConfigDict, hf: ConfigDict) -> int:
+def trained_positions(given: ConfigDict, hf: ConfigDict) -> int:
     """Positions before the scaling; a value beside the parameters, as in Phi-3's file, wins."""
     for place in (hf, given):
-        if place.get("original_max_position_embeddings") is not None:
-            return count(place, "original_max_position_embeddings")
+        if place.get(_TRAINED) is not None:
+            return count(place, _TRAINED)
     return count(hf, "max_position_embeddings")
 
 

@@ -17,6 +17,7 @@ from asyncllm.errors import StartupError
 from asyncllm.gguf_folder import gguf_folder
 from asyncllm.models import gguf_types
 from asyncllm.models.gguf import KINDS, read_gguf
+from asyncllm.models.spec import ModelSpec
 from asyncllm.text import load_tokenizer
 from tests.models.families import CASES, Case, Reference, largest_difference, make
 from tests.models.gguf_files import TOKENIZER, convert, metadata, random_blocks, write
@@ -66,15 +67,17 @@ def test_types_are_read_as_gguf_reads_them(kind: str) -> None:
     assert {kind for kind, _, _ in KINDS.values()} == {*gguf_types._DECODERS, *gguf_types._FLOATS}
 
 
+TINY = {
+    "max_position_embeddings": 64, "hidden_size": 32, "num_hidden_layers": 1,
+    "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5, "head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+}  # fmt: skip
+
+
 def tiny(path: Path, said: dict[str, object], *, arch: str = "llama") -> Path:
     """A file that says what is given beside what it must."""
-    config = {
-        "max_position_embeddings": 64, "hidden_size": 32, "num_hidden_layers": 1,
-        "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-5, "head_dim": 16,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-    }  # fmt: skip
-    said = metadata(config, arch) | TOKENIZER | said
+    said = metadata(TINY, arch) | TOKENIZER | said
     size = len(said["tokenizer.ggml.tokens"])
     embedding = ("token_embd.weight", random_blocks("Q8_0", (size, 32), 0), "Q8_0")
     write(path, arch, said, [embedding])
@@ -86,6 +89,7 @@ def tiny(path: Path, said: dict[str, object], *, arch: str = "llama") -> Path:
     [
         ({"llama.expert_count": 8}, "llama.expert_count 8 is not served"),
         ({"llama.attention.clamp_kqv": 8.0}, "clamp_kqv"),
+        ({"llama.rope.scaling.attn_factor": 1.5}, "attn_factor 1.5 is not served without div"),
         ({"llama.rope.scaling.type": "su"}, "'su' is not served; none, linear and yarn"),
         ({"llama.block_count": 0}, "block_count is 0"),
         ({"llama.feed_forward_length": [32, 64]}, "feed_forward_length is [32, 64]"),
@@ -103,6 +107,34 @@ def test_what_is_not_served_is_named(said: dict[str, object], named: str, tmp_pa
     with pytest.raises(StartupError, match=re.escape(named)) as error:
         gguf_folder(path, tmp_path)
     assert str(path) in str(error.value)
+
+
+def spec_of(path: Path, said: dict[str, object], arch: str) -> ModelSpec:
+    config = {f"{arch}.{name}": value for name, value in said.items()}
+    return ModelSpec.from_dir(gguf_folder(tiny(path, config, arch=arch), path.parent))
+
+
+def test_what_a_file_of_gemma_leaves_out(tmp_path: Path) -> None:
+    """As llama.cpp fills it in: a window in Gemma 2, none in Gemma 3, where all layers are alike
+    then; the first converters wrote none."""
+    full = {"block_count": 6, "rope.freq_base": 500.0}
+    two, three = (spec_of(tmp_path / f"{a}.gguf", full, a) for a in ("gemma2", "gemma3"))
+    assert [layer.window for layer in two.layers[:2]] == [4096, None]
+    assert {(layer.window, layer.rope.theta) for layer in three.layers} == {(None, 500.0)}
+    assert (two.logit_softcap, three.logit_softcap) == (30.0, None)
+    more = {**full, "attention.sliding_window": 8, "final_logit_softcapping": 7.0}
+    three = spec_of(tmp_path / "more.gguf", more, "gemma3")
+    assert [layer.window for layer in three.layers] == [8] * 5 + [None]
+    assert three.logit_softcap == 7.0
+
+
+def test_divisors_of_frequencies_come_without_another_factor(tmp_path: Path) -> None:
+    said = metadata(TINY, "llama") | TOKENIZER | {"llama.rope.scaling.factor": 4.0}
+    embedding = ("token_embd.weight", random_blocks("Q8_0", (211, 32), 0), "Q8_0")
+    divisors = ("rope_freqs.weight", np.ones(8, np.float32), None)
+    write(tmp_path / "x.gguf", "llama", said, [embedding, divisors])
+    with pytest.raises(StartupError, match=r"scaling.factor 4.0 is not served beside divisors"):
+        gguf_folder(tmp_path / "x.gguf", tmp_path)
 
 
 def test_an_architecture_or_type_that_is_not_served_is_named(tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ def test_nothing_that_counts_is_ignored(model: str) -> None:
     assert ignored <= HARMLESS | shared | dense | told
 
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 99, "hidden_size": 256, "intermediate_size": 96, "num_hidden_layers": 7,
     "num_attention_heads": 32, "torch_dtype": "bfloat16", "pad_token_id": 0,
 }  # fmt: skip
@@ -265,6 +265,46 @@ def test_what_a_text_part_leaves_out_is_the_default_of_its_architecture(
     config = {"architectures": [name], "text_config": inner}
     ours, theirs = read(config), read(as_transformers_says(kind, config))
     assert replace(ours, eos_ids=()) == replace(theirs, eos_ids=())
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Phi3", {"rope_parameters": LONGROPE}),  # the trained length is 4096, whatever it says
+        ("Phi3", {"rope_parameters": {**LONGROPE, "rope_type": "su"}}),
+        ("Phi3", {"rope_parameters": {**LONGROPE, "rope_type": "yarn"}}),
+        ("Ministral3", {"rope_parameters": None}),
+        (
+            "DeepseekV3",
+            {"num_key_value_heads": 32, "rope_scaling": {**YARN, "mscale_all_dim": 0.7},
+             "rope_parameters": {**YARN, "mscale_all_dim": 0.9}},
+        ),
+    ],
+)  # fmt: skip
+def test_where_angles_are_told_twice_or_not_transformers_decides(
+    kind: str, changes: dict[str, Any]
+) -> None:
+    config = {"architectures": [f"{kind}ForCausalLM"], **SMALL, **changes}
+    ours, theirs = read(config), read(as_transformers_says(f"{kind}Config", config))
+    assert replace(ours, eos_ids=()) == replace(theirs, eos_ids=())
+
+
+def test_lengths_told_beside_angles() -> None:
+    """They win, but not over those of a type of layers."""
+    beside = {**SMALL, "original_max_position_embeddings": 32}
+    growing = {**beside, "rope_scaling": {**YARN, "llama_4_scaling_beta": 0.1}}
+    layer = read({"architectures": ["Ministral3ForCausalLM"], **growing}).layers[0]
+    assert (layer.query_growth, layer.rope.scaling.trained) == (QueryGrowth(0.1, 32), 32)
+    of_types = {**beside, "rope_parameters": {"full_attention": YARN}}
+    layer = read({"architectures": ["Gemma3ForCausalLM"], **of_types}).layers[5]
+    assert layer.rope.scaling.trained == 16
 
 
 def layers_of(model: str) -> tuple[AttentionSpec, ...]:
@@ -456,6 +496,21 @@ def test_both_files_count(tmp_path: Path) -> None:
         (
             {"architectures": ["Gemma2ForCausalLM"], "use_bidirectional_attention": True},
             "Gemma2ForCausalLM with use_bidirectional_attention True is not available yet",
+        ),
+        (
+            {
+                "architectures": ["Gemma3ForCausalLM"],
+                "num_key_value_heads": 2,
+                "attn_logit_softcapping": 50.0,
+            },
+            "Gemma3ForCausalLM with attn_logit_softcapping 50.0 is not available yet",
+        ),
+        (
+            {
+                "architectures": ["Gemma3ForConditionalGeneration"],
+                "text_config": {**LLAMA, "num_key_value_heads": 2, "final_logit_softcapping": 30.0},
+            },
+            "Generation with final_logit_softcapping 30.0 is not available yet",
         ),
         ({"full_attn_mod": 2}, "LlamaForCausalLM with full_attn_mod 2 is not available yet"),
         (
