@@ -162,14 +162,13 @@ class Director(Actor[Inbox]):
     # -- nodes ----------------------------------------------------------------------------------
 
     def _complaint(self, info: PeerInfo) -> str | None:
-        """Why a connecting server is refused, or None. One that has restarted replaces its former
-        self."""
+        """Why a connecting server is refused, or None. One that has restarted, or has connected
+        again before the end of its former connection was noticed, replaces its former self."""
         if info.role not in ROLES:
             return f"it is no prefill or decode node, but {info.role!r}"
-        for peer, other in [*self._channel.peers.items()]:
-            if other.name == info.name and other.incarnation != info.incarnation:
-                self._channel.drop(peer, "replaced by another process with its address")
-        there = self._channel.peers.values()  # those of a moment ago too, which have not been told
+        peers = self._channel.peers  # those of a moment ago too, which have not been told
+        former = {peer: other for peer, other in peers.items() if other.name == info.name}
+        there = [other for peer, other in peers.items() if peer not in former]
         for other in there:
             if found := info.difference(other):
                 what, theirs, ours = found
@@ -178,6 +177,10 @@ class Director(Actor[Inbox]):
             most = self._counts[ROLES.index(info.role)]
             if sum(other.role == info.role for other in there) >= most:
                 return f"there are {most} {info.role} nodes already (--pd_master_mode)"
+        for peer, other in former.items():
+            again = other.incarnation == info.incarnation
+            by = "a new connection of its own" if again else "another process with its address"
+            self._channel.drop(peer, f"replaced by {by}")
         return None
 
     def _received(self, msg: PeerMessage) -> None:

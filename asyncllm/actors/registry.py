@@ -11,7 +11,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from time import time
 from typing import assert_never
@@ -193,23 +193,34 @@ class Registry(Actor[Inbox]):
     def _claim(self, peer: int, msg: LeasePort) -> None:
         """Lease a port to a server for as long as it is connected."""
         owner = self._infos[peer].name
-        held = self._ports.get(msg.port)
-        if held is not None and held.peer != peer:
+        held = self._held_by(peer, msg.port)
+        if held is None:
+            if any(other.peer == peer for other in self._ports.values()):
+                self._deny(peer, msg.port, f"{owner} has another port already")
+                return
+            try:
+                store = None if msg.again else self._open_store(msg.host, msg.port)
+            except StartupError as error:
+                self._deny(peer, msg.port, str(error))
+                return
+            held = self._ports[msg.port] = _PortLease(peer, owner, msg.meets, time(), store)
+            log.info("the ranks of %s meet at port %d", owner, msg.port)
+        elif held.peer != peer:
             self._deny(peer, msg.port, f"the ranks of {held.owner} meet there")
             return
-        if held is None and any(other.peer == peer for other in self._ports.values()):
-            self._deny(peer, msg.port, f"{owner} has another port already")
-            return
-        try:
-            store = None if msg.again else self._open_store(msg.host, msg.port)
-        except StartupError as error:
-            self._deny(peer, msg.port, str(error))
-            return
-        log.info("the ranks of %s meet at port %d", owner, msg.port)
-        made = _PortLease(peer, owner, msg.meets, time(), store)
-        self._ports[msg.port] = made if held is None else replace(held, meets=msg.meets)
+        held.meets = msg.meets
         self.system.ref("tenant", peer).tell(PortLeased(msg.port))
         self._say_where(msg.port)
+
+    def _held_by(self, peer: int, port: int) -> _PortLease | None:
+        """Who holds a port. A server that has connected again before the end of its former
+        connection was noticed keeps its own, with the store that its ranks may be using."""
+        held = self._ports.get(port)
+        if held is not None and held.peer in self._infos:
+            former = self._infos[held.peer]
+            if former.incarnation == self._infos[peer].incarnation:
+                held.peer = peer
+        return held
 
     def _deny(self, peer: int, port: int, why: str) -> None:
         self._denied += 1

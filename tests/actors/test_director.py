@@ -208,6 +208,10 @@ def test_numbers_of_nodes_are_waited_for_and_kept() -> None:
             office.channel.peers[9] = info("decode", "d:2")  # of which the actor is yet to be told
             refused = office.channel.admit(info("decode", "d:3"))
             assert refused == "there are 2 decode nodes already (--pd_master_mode)"
+            # its former connection is not known to have ended
+            assert office.channel.dropped == []
+            assert office.channel.admit(JOINED[0].info) is None
+            assert office.channel.dropped == [(P, "replaced by a new connection of its own")]
 
         await while_running(office, go())
 
@@ -226,7 +230,9 @@ def test_nodes_must_fit_each_other_and_have_a_role() -> None:
                 "model of decode d:1 is b, that of prefill p:1 a"
             )
             assert "no prefill or decode node" in (admit(info("pd_master", "x")) or "")
-            assert office.channel.dropped == []
+            await office.tell(PeerJoined(D, info("decode", "d:1", model="a"), ""))
+            assert admit(info("decode", "d:1", model="b")) is not None
+            assert office.channel.dropped == [], "who is refused takes nobody's place"
             assert admit(info("prefill", "p:1", model="a")) is None
             assert office.channel.dropped == [(P, "replaced by another process with its address")]
 

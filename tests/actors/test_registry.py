@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from torch._C._distributed_c10d import TCPStore
@@ -16,7 +17,7 @@ from asyncllm.actors import peer_connector
 from asyncllm.actors.base import Actor
 from asyncllm.actors.channel import Channel
 from asyncllm.actors.config_client import ConfigServerClient
-from asyncllm.actors.peer_messages import PeerInfo
+from asyncllm.actors.peer_messages import PeerInfo, PeerJoined, PeerMessage
 from asyncllm.actors.registry import Registry
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import CurveKeys
@@ -28,8 +29,10 @@ from asyncllm.messages import (
     AskMasters,
     Cancel,
     FindRendezvous,
+    LeaseDenied,
     LeasePort,
     MasterList,
+    PortLeased,
 )
 from asyncllm.server.config_server import open_store
 from asyncllm.server.lease import Lease
@@ -366,6 +369,52 @@ def test_ranks_that_have_met_keep_their_port_through_a_restart(
                 socket.create_connection(("127.0.0.1", port), timeout=5)
             for each in (lease, other):
                 await loop.run_in_executor(pool, each.close)
+
+    run(go())
+
+
+def test_a_server_that_connects_again_before_it_is_missed_keeps_its_port() -> None:
+    """A config_server that was stopped hears of the new connection first."""
+
+    async def go() -> None:
+        server, port = ConfigServer(), unused_port()
+        info = PeerInfo(role="group", name="normal a:1")
+        places = [Place("group", "normal a:1") for _ in range(3)]
+        tenants = [Keeper("tenant") for _ in places]
+        for place, tenant, told in zip(
+            places, tenants, (info, info, replace(info, incarnation="another")), strict=True
+        ):
+            place.channel.info = told
+            tenant.foreign = frozenset({PortLeased, LeaseDenied})
+            place.system.add(tenant)
+            place.begin("tenant")
+        first, again, other = places
+        async with all_of(server, *places):
+
+            async def claims(place: Place, *, again: bool) -> Message:
+                place.channel.dial("127.0.0.1", server.channel.port)
+                tenant = tenants[places.index(place)]
+                await until(lambda: tenant.got)
+                (joined,) = tenant.got
+                assert isinstance(joined, PeerJoined)
+                claim = LeasePort(port=port, host="127.0.0.1", again=again)
+                place.system.ref("registry", joined.peer).tell(claim)
+                await until(lambda: len(tenant.got) == 2)
+                answer = tenant.got[1]
+                assert isinstance(answer, PeerMessage)
+                return answer.msg
+
+            assert await claims(first, again=False) == PortLeased(port)
+            store = await asyncio.to_thread(meet_at, port)
+            assert await claims(again, again=True) == PortLeased(port)
+            await first.end()
+            await until(lambda: len(server.channel.peers) == 1)
+            await until(lambda: len(server.registry._infos) == 1)
+            assert [each["owner"] for each in server.objects("groups")] == ["normal a:1"]
+            store.set("k", "v")  # its ranks may still be meeting
+            await again.end()
+            await until(lambda: not server.objects("groups"))
+            assert await claims(other, again=False) == PortLeased(port)
 
     run(go())
 
