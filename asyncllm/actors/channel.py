@@ -84,11 +84,15 @@ class _LinkClosed(Exception):
 class _Link(ABC):
     """A connection to another end, established or in progress.
 
+    Args:
+        sent: called when its queue has used the socket.
+
     Attributes:
         peer: its number; 0: not identified yet.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, sent: Callable[[], object]) -> None:
+        self._sent = sent
         self.peer, self.info, self.dialled = 0, PeerInfo(role="", name="", incarnation=""), ""
         self.heard = monotonic()
         self.box = Outbox(self._put_queued, loop, OUTBOX)
@@ -100,6 +104,7 @@ class _Link(ABC):
     def _put_queued(self, frame: bytes) -> None:
         """The same for the queue, which a timer of its own empties: the next heartbeat notices, and
         ends, a link that is closed."""
+        self._sent()
         try:
             self.put(frame)
         except _LinkClosed:
@@ -113,8 +118,14 @@ class _Link(ABC):
 class _IncomingLink(_Link):
     """A connection from another end to us."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, sock: Socket, ident: bytes) -> None:
-        super().__init__(loop)
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sent: Callable[[], object],
+        sock: Socket,
+        ident: bytes,
+    ) -> None:
+        super().__init__(loop, sent)
         self._sock, self.ident = sock, ident
 
     def put(self, frame: bytes) -> None:
@@ -134,9 +145,14 @@ class _OutgoingLink(_Link):
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, sock: Socket, address: str, keys: CurveKeys
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sent: Callable[[], object],
+        sock: Socket,
+        address: str,
+        keys: CurveKeys,
     ) -> None:
-        super().__init__(loop)
+        super().__init__(loop, sent)
         self.sock, self._gone = sock, False
         self._monitor = Monitor(sock, zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
         sock.setsockopt(zmq.ROUTING_ID, b"p" + secrets.token_bytes(12))
@@ -349,7 +365,7 @@ class Channel:
     def _from_incoming(self, ident: bytes, frames: list[bytes]) -> None:
         assert self._listen_sock is not None
         if (incoming := self._incoming.get(ident)) is None:
-            incoming = _IncomingLink(self._loop, self._listen_sock, ident)
+            incoming = _IncomingLink(self._loop, self._pump_soon, self._listen_sock, ident)
         self._take(incoming, frames)
 
     def _take(self, link: _Link, frames: list[bytes]) -> None:
@@ -441,7 +457,6 @@ class Channel:
     def _push(self, link: _Link, frame: bytes) -> None:
         try:
             link.box.push(frame)
-            self._pump_soon()
         except OutboxFull as error:
             self._end(link, f"it does not read: {error}", PeerGoodbye("does not read", False))
 
@@ -517,7 +532,8 @@ class Channel:
                 found = await self._loop.getaddrinfo(dial.host, dial.port, type=socket.SOCK_STREAM)
                 dial.addresses = [*dict.fromkeys(str(each[4][0]) for each in found)]
             address = tcp(dial.addresses[turn % len(dial.addresses)], dial.port)
-            call = _OutgoingLink(self._loop, self._ctx.socket(zmq.DEALER), address, self._keys[key])
+            sock = self._ctx.socket(zmq.DEALER)
+            call = _OutgoingLink(self._loop, self._pump_soon, sock, address, self._keys[key])
         except (OSError, UnicodeError, zmq.ZMQError) as error:
             self._log.warning("%s: %s", where, error)
             dial.due = monotonic() + AGAIN_S[1]

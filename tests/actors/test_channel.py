@@ -434,6 +434,33 @@ def test_a_peer_that_does_not_read_is_dropped_and_blocks_nobody(
     run(go())
 
 
+def test_what_waits_for_a_peer_that_does_not_read_holds_up_nothing_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To try again to send is to take note of what has come, too, of which the loop is told once."""
+    # a heartbeat also looks whether something has come
+    monkeypatch.setattr(channels, "BEAT_S", 60.0)
+    monkeypatch.setattr(channels, "BEATS", DEAD_AFTER_S / 60)
+
+    async def go() -> None:
+        one = hub()
+        async with running(one):
+            deaf, other = Raw(one.channel.port), Raw(one.channel.port)
+            await deaf.greet(an_info("decode"))
+            link = one.channel._peers[one.peer]
+            await other.greet(an_info("prefill"))
+            await asyncio.sleep(0)
+            sock = one.channel._listen_sock
+            assert sock is not None
+            other.sock.send(frame_head("owner") + encode(StepFinished(5)))
+            assert sock.poll(20_000)  # the loop does nothing meanwhile
+            assert one.owner.got == []
+            link.box.push(b"x")
+            await until(lambda: one.owner.numbers == [5])
+
+    run(go())
+
+
 def test_a_peer_that_is_killed_while_frames_wait_for_it_is_missed_and_nothing_else_happens() -> (
     None
 ):
