@@ -15,7 +15,7 @@ from asyncllm.actors.channel import FIRST_PEER, Channel, ChannelCallbacks
 from asyncllm.actors.peer_messages import PeerJoined, PeerLeft, PeerMessage, PeerRefused
 from asyncllm.actors.transport import Transport, TransportSettings
 from asyncllm.codec import Message, decode, encode
-from asyncllm.errors import ActorCrashed, FatalError, StartupError
+from asyncllm.errors import ActorCrashed, FatalError, PeerLost, StartupError
 from asyncllm.log import RateLimitedLog
 from asyncllm.topology import Endpoint, Topology
 
@@ -38,6 +38,7 @@ class ActorSystem:
         topology: as far as it is known here, see :meth:`join`.
         dead_letters: messages for a name, or an endpoint, that is gone.
         on_failure: called when the system fails, before anything else.
+        on_overrun: called with the number of an endpoint that does not read and can be replaced.
 
     Raises:
         StartupError: the own address cannot be bound.
@@ -54,6 +55,7 @@ class ActorSystem:
         self.endpoint, self._encode_local = endpoint, encode_local
         self.dead_letters = 0
         self.on_failure: Callable[[], object] = lambda: None
+        self.on_overrun: Callable[[int], object] = lambda _: None
         self.loop = asyncio.get_running_loop()
         self._actors: dict[str, AnyActor] = {}
         self._tasks: dict[asyncio.Task[None], AnyActor] = {}
@@ -238,11 +240,23 @@ class ActorSystem:
             if self._wire is None or self._wire.closed or not self._wire.knows(endpoint):
                 self._dead_letter(name, msg)
             else:
-                self._wire.send(endpoint, name, encode(msg))
+                self._send(self._wire, endpoint, name, msg)
         elif (actor := self._actors.get(name)) is None:
             self._dead_letter(name, msg)
         else:
             actor.put(decode(encode(msg)) if self._encode_local else msg)
+
+    def _send(self, wire: Transport, endpoint: int, name: str, msg: Message) -> None:
+        """Send to another endpoint; one that can be replaced, and does not read, gets nothing any
+        more. Raises PeerLost: another does not."""
+        try:
+            wire.send(endpoint, name, encode(msg))
+        except PeerLost as error:
+            if endpoint not in self.topology or not self.topology[endpoint].replaceable:
+                raise
+            log.error("%s is given up: %s", self.topology.name(endpoint), error)
+            wire.disconnect(endpoint)
+            self.on_overrun(endpoint)
 
     def _open(self, actor: AnyActor) -> None:
         try:

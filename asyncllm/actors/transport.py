@@ -127,6 +127,13 @@ def detect_dead_connections(sock: Socket) -> None:
         sock.setsockopt(option, value)
 
 
+def keep_alive(sock: Socket) -> None:
+    """Have TCP send something on an idle connection once a minute: firewalls forget those on which
+    nothing is sent for some minutes, and then what is sent first is lost."""
+    sock.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    sock.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 60)  # s
+
+
 class Monitor:
     """ZeroMQ's events about the connections of a socket; create it before bind or connect.
 
@@ -226,6 +233,7 @@ class Transport:
         self._in = self._ctx.socket(zmq.PULL)
         self._in.setsockopt(zmq.MAXMSGSIZE, FRAME_LIMIT)
         self._in.setsockopt(zmq.IPV6, ipv6(wire.address))
+        keep_alive(self._in)
         self._failed_handshakes = protected(self._in, wire.keys)
         try:
             self._in.bind(wire.address)
@@ -248,6 +256,7 @@ class Transport:
         sock = self._ctx.socket(zmq.PUSH)
         sock.setsockopt(zmq.LINGER, LINGER_MS)
         sock.setsockopt(zmq.IPV6, ipv6(address))
+        keep_alive(sock)
         known_to(sock, self._keys, self._keys)
         try:
             sock.connect(address)

@@ -7,19 +7,16 @@ One runs on every endpoint. The coordinator's leads: it waits for all, drains, a
 from __future__ import annotations
 
 import asyncio
-import faulthandler
 import logging
-import os
 import statistics
 import threading
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from time import perf_counter
 from typing import assert_never
 
 from asyncllm.actors.base import Actor
 from asyncllm.actors.membership import check_member
+from asyncllm.actors.watchdog_settings import WatchdogConfig, WatchdogHooks
 from asyncllm.core.metrics import (
     ProcessCounters,
     ServerMetrics,
@@ -53,12 +50,9 @@ from asyncllm.messages import (
     Welcome,
     WorkerReplaced,
 )
-from asyncllm.topology import WORKERS, Contract
+from asyncllm.topology import WORKERS
 
 EXIT_HUNG = 70
-STDERR = 2
-TICK_S = 0.1
-WATCH_S = 0.5
 LAST_RESORT_S = 5.0
 ABORT_S = 2.0  # for the answers to requests that a drain aborted
 PROBE_S = 1.0  # for the answers to a probe; those who miss it are reported with older numbers
@@ -92,75 +86,6 @@ REPORTER: dict[type[Stats], str] = {
 log = logging.getLogger(__name__)
 
 
-def dump_stacks() -> None:
-    """Write the stacks of all threads to stderr."""
-    faulthandler.dump_traceback(STDERR)
-
-
-def guard_loop(seconds: float) -> None:
-    """Dump stacks and end the process unless called again within ``seconds``; 0: disarm.
-
-    Works from a thread that does not need the GIL, so it also ends a process in which foreign code
-    holds the GIL; other hangs are detected earlier.
-    """
-    if seconds > 0:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
-    else:
-        faulthandler.cancel_dump_traceback_later()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WatchdogConfig:
-    """Configuration of one watchdog.
-
-    Args:
-        contract: what must be equal in all processes.
-        model_name: label in the metrics.
-        max_len: maximum tokens of a request, for the metrics' buckets.
-        linears: (kind of weights, number of linear layers), for the metrics.
-        step_timeout_s: a launched step, or the loop, that takes longer ends the process. 0: never.
-        busy_since: perf_counter time at which the oldest unfinished step was launched, or None.
-        in_flight: describes the unfinished steps. Like busy_since, called in a thread.
-        heartbeat_s: between two heartbeats, and two checks of the others'.
-        dead_after_s: an endpoint silent for this long is lost.
-        log_every_s: between two lines about throughput.
-    """
-
-    contract: Contract
-    model_name: str
-    max_len: int
-    step_timeout_s: float
-    busy_since: Callable[[], float | None] = lambda: None
-    in_flight: Callable[[], str] = lambda: ""
-    heartbeat_s: float = 1.0
-    dead_after_s: float = 10.0
-    log_every_s: float = 10.0
-    linears: tuple[tuple[str, int], ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WatchdogHooks:
-    """How a watchdog acts on the outside world; tests replace these functions.
-
-    ``beat``, ``last_beat`` and ``note`` are those of ``Heartbeats``; unused with only one process.
-    ``others`` returns foreign frames and failed handshakes of the node's other processes.
-    """
-
-    clock: Callable[[], float] = perf_counter  # on Linux the same in all processes
-    beat: Callable[[int, float], None] = lambda _endpoint, _now: None
-    last_beat: Callable[[int], float] = lambda _: 0.0
-    note: Callable[[int, int, int], None] = lambda _endpoint, _foreign, _failed_handshakes: None
-    others: Callable[[], tuple[int, int]] = lambda: (0, 0)
-    exit: Callable[[int], None] = os._exit  # thread-safe; works even if the loop hangs
-    kill: Callable[[int], None] = lambda _: None  # end an endpoint's process at once
-    dump: Callable[[], None] = dump_stacks
-    guard: Callable[[float], None] = guard_loop
-    tick_s: float = TICK_S
-    watch_s: float = (
-        WATCH_S  # between two checks by the thread that watches steps and loop; 0: none
-    )
-
-
 class Watchdog(Actor[Inbox]):
     """Start, liveness, drain and metrics of the server.
 
@@ -181,6 +106,7 @@ class Watchdog(Actor[Inbox]):
         self._leads = self._open = False
         self._absent: set[int] = set()  # not joined yet
         self._heard: dict[int, float] = {}  # from a peer's first heartbeat on
+        self._removed: list[GroupRemoved] = []  # groups that the server continues without
         self._due = self._beat_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._lags: deque[float] = deque(maxlen=100)
@@ -342,6 +268,8 @@ class Watchdog(Actor[Inbox]):
         elif self._open:  # it replaces another one
             log.info("%s serves", topology.name(msg.endpoint))
             self._welcome(*self._heard)
+            for removed in self._removed:  # perhaps while it was starting
+                self._tell_removed(removed, msg.endpoint)
             self.system.ref("frontend", msg.endpoint).tell(Started())
         else:
             self._start_serving()
@@ -396,10 +324,15 @@ class Watchdog(Actor[Inbox]):
             self._heard.pop(rank.id, None)
         system.join(left)
         self._welcome(*self._heard)
-        for name in ("balancer", "tokenizer", "detokenizer", "frontend"):
-            for endpoint in left.placed(name):
-                system.ref(name, endpoint).tell(GroupRemoved(group, leader, why))
+        self._removed.append(GroupRemoved(group, leader, why))
+        system.ref("balancer").tell(self._removed[-1])
+        for endpoint in left.placed("frontend"):
+            self._tell_removed(self._removed[-1], endpoint)
         self._drained("scheduler", leader)
+
+    def _tell_removed(self, removed: GroupRemoved, endpoint: int) -> None:
+        for name in ("tokenizer", "detokenizer", "frontend"):
+            self.system.ref(name, endpoint).tell(removed)
 
     def _watch_forever(self) -> None:
         while not self._ended.wait(min(self._hooks.watch_s, self._config.heartbeat_s)):

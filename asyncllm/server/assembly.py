@@ -27,7 +27,8 @@ from asyncllm.actors.runner import Runner
 from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.tokenizer import Tokenizer
 from asyncllm.actors.transport import netloc
-from asyncllm.actors.watchdog import Watchdog, WatchdogConfig, WatchdogHooks
+from asyncllm.actors.watchdog import Watchdog
+from asyncllm.actors.watchdog_settings import WatchdogConfig, WatchdogHooks
 from asyncllm.api.common.answer import Vocab
 from asyncllm.api.common.defaults import Defaults
 from asyncllm.api.common.request import ServedModel

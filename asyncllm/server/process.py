@@ -23,7 +23,8 @@ from asyncllm.actors.channel import Channel
 from asyncllm.actors.heartbeats import Heartbeats
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import CurveKeys, TransportSettings
-from asyncllm.actors.watchdog import EXIT_HUNG, WatchdogHooks, dump_stacks
+from asyncllm.actors.watchdog import EXIT_HUNG
+from asyncllm.actors.watchdog_settings import WatchdogHooks, dump_stacks
 from asyncllm.api.openapi.welcome import curl_line
 from asyncllm.config import roles
 from asyncllm.core.metrics import ProcessCounters, ServerMetrics, StatsSnapshot
@@ -292,6 +293,7 @@ class Server:
         hooks = WatchdogHooks(exit=partial(self._fail_from_thread, loop, reason="it hangs"))
         if self._children:
             hooks = replace(hooks, kill=self._children.kill_one)
+            system.on_overrun = self._children.kill_one
         if self._boot.heartbeats_fd >= 0:
             self._heartbeats = beats = Heartbeats(self._boot.heartbeats_fd)
             hooks = replace(hooks, beat=beats.beat, last_beat=beats.last, note=beats.note)

@@ -24,7 +24,8 @@ from asyncllm.actors.runner import Runner
 from asyncllm.actors.scheduler import Scheduler
 from asyncllm.actors.system import ActorSystem
 from asyncllm.actors.transport import CurveKeys, TransportSettings
-from asyncllm.actors.watchdog import Watchdog, WatchdogConfig, WatchdogHooks
+from asyncllm.actors.watchdog import Watchdog
+from asyncllm.actors.watchdog_settings import WatchdogConfig, WatchdogHooks
 from asyncllm.codec import Column, encode, field_types, i32, i64, registered
 from asyncllm.constrain.protocol import Constraint
 from asyncllm.core.request import GRAMMARS, FinishReason, SamplingParams

@@ -232,29 +232,33 @@ def test_what_waits_for_an_actor_that_crashed_is_a_dead_letter() -> None:
 
 
 def test_spawned_work_of_a_crashed_actor_is_cancelled() -> None:
-    ends: list[str] = []
-
-    async def wait() -> None:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            ends.append("cancelled")
-
-    def act(actor: Probe, msg: Any) -> None:
-        if isinstance(msg, Started):
-            actor.spawn(wait())
-            actor.system.loop.call_later(0.005, actor.system.ref("weak").tell, Abort(1))
-        else:
-            raise RuntimeError("boom")
-
     async def until_cancelled() -> None:
+        began, cancelled = asyncio.Event(), asyncio.Event()
+
+        async def wait() -> None:
+            began.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled.set()
+
+        def act(actor: Probe, msg: Any) -> None:
+            if isinstance(msg, Started):
+                actor.spawn(wait())
+            else:
+                raise RuntimeError("boom")
+
         system = ActorSystem()
         system.add(Probe("weak", act, vital=False)).tell(Started())
-        system.loop.call_later(0.05, lambda: (ends.append("stop"), system.stop()))
-        await system.run()
+        running = asyncio.ensure_future(system.run())
+        await began.wait()
+        system.ref("weak").tell(Abort(1))
+        await cancelled.wait()
+        assert not system.over
+        system.stop()
+        await running
 
     run(until_cancelled())
-    assert ends == ["cancelled", "stop"]
 
 
 def test_a_crash_in_started_is_the_actors_and_startup_errors_pass() -> None:

@@ -21,7 +21,7 @@ from asyncllm.actors.transport import HANDSHAKE_S, CurveKeys, Transport, Transpo
 from asyncllm.codec import encode
 from asyncllm.errors import ActorCrashed, PeerLost, StartupError
 from asyncllm.messages import Halt, StepFinished
-from asyncllm.topology import http_worker
+from asyncllm.topology import Topology, http_worker
 from tests.raw import offer, push, raw
 
 ZmqAddresses = Callable[[int], list[TransportSettings]]
@@ -279,6 +279,44 @@ def test_a_peer_lost_in_a_handler_ends_the_endpoint_as_such(
 
     with pytest.raises(PeerLost, match="endpoint 1"):
         run(go())
+
+
+def test_a_worker_that_does_not_read_costs_only_itself(
+    wires: ZmqAddresses, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(transport, "OUTBOX_LIMIT", 5)
+    monkeypatch.setattr(transport, "LINGER_MS", 0)
+    given_up: list[int] = []
+
+    class Talker(Actor[StepFinished]):
+        def started(self) -> None:
+            for i in range(5000):
+                self.system.ref("sink", 1).tell(StepFinished(i))
+            self.system.stop()
+
+    async def go() -> None:
+        wire = wires(2)[0]
+        workers = (http_worker(0), replace(http_worker(1), address=wire.peers[1]))
+        system = ActorSystem(0, wire, topology=Topology(workers))
+        system.on_overrun = given_up.append
+        system.add(Talker("talker"))
+        await system.run()
+        assert given_up == [1]
+        assert 0 < system.dead_letters < 5000
+
+    run(go())
+    assert "HTTP worker 1 is given up: endpoint 1 does not read" in caplog.text
+
+
+def test_idle_connections_are_kept_alive(wires: ZmqAddresses) -> None:
+    async def go() -> None:
+        wire = Transport(wires(2)[0], lambda *_: None)
+        for sock in (wire._in, *(out._sock for out in wire._outs.values())):
+            assert sock.get(zmq.TCP_KEEPALIVE) == 1
+            assert sock.get(zmq.TCP_KEEPALIVE_IDLE) == 60
+        wire.close()
+
+    run(go())
 
 
 def test_an_address_in_use_is_a_startup_error() -> None:

@@ -17,7 +17,8 @@ import uvloop
 
 from asyncllm.actors.base import Actor
 from asyncllm.actors.system import ActorSystem
-from asyncllm.actors.watchdog import Watchdog, WatchdogConfig, WatchdogHooks, gather
+from asyncllm.actors.watchdog import Watchdog, gather
+from asyncllm.actors.watchdog_settings import WatchdogConfig, WatchdogHooks
 from asyncllm.core.metrics import StatsSnapshot
 from asyncllm.errors import Mismatch, PeerLost
 from asyncllm.messages import (
@@ -538,6 +539,26 @@ def test_all_who_tell_a_worker_something_learn_that_it_has_gone() -> None:
     play(World(topology=Topology.on_one_node(http=2).as_node().with_config_client()), script)
 
 
+def test_a_worker_learns_of_the_group_that_was_lost_while_it_started() -> None:
+    """Its tokenizer would wait for the group's grammars."""
+
+    async def script(world: World) -> None:
+        await all_there(world)
+        world.tell(WorkerReplaced(6, http_worker(7)))
+        world.tell(GroupFailed(1, "rank 3 has gone"))
+        await settle()
+        world.sent.clear()
+        world.tell(hello(7))
+        await settle()
+        to = [(name, msg) for endpoint, name, msg in world.sent if endpoint == 7]
+        gone = GroupRemoved(1, 2, "rank 3 has gone")
+        told = [(name, gone) for name in ("tokenizer", "detokenizer", "frontend")]
+        assert to[1:] == [*told, ("frontend", Started())]
+        assert type(to[0][1]) is Welcome
+
+    play(groups(), script)
+
+
 def test_a_worker_that_dies_while_the_server_drains_is_not_waited_for() -> None:
     async def script(w: World) -> None:
         w.tell(hello(1))
@@ -693,7 +714,7 @@ def test_the_guard_of_the_loop_is_renewed_and_taken_back() -> None:
 
 def test_the_guard_ends_a_process_whose_loop_hangs() -> None:
     code = (
-        "from asyncllm.actors.watchdog import guard_loop\n"
+        "from asyncllm.actors.watchdog_settings import guard_loop\n"
         "import threading\n"
         "guard_loop(0.05)\n"
         "threading.Event().wait(20)\n"
