@@ -188,6 +188,10 @@ def test_unknown_option_with_nothing_near(capsys: pytest.CaptureFixture[str]) ->
             "--multinode_httpmanager_port 20002 is a port of rank 1 (--multinode_router_gloo_port",
         ),
         (
+            ["--nnodes", "2", "--tp", "4", "--node_rank", "1", "--port", "20003"],
+            "--port 20003 is the port of rank 2 (--multinode_router_gloo_port 20001); give another",
+        ),
+        (
             ["--run_mode", "config_server", "--port", "1", "--config_server_port", "2"],
             "--port 1 and --config_server_port 2: with --run_mode config_server they mean the same",
         ),

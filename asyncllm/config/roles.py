@@ -107,20 +107,33 @@ def _same_port(config: Config) -> str | None:
     """
     if config.run_mode in LISTEN and config.cluster_port == config.port:
         return f"--cluster_port {config.port} is --port: HTTP is served there; give another"
-    if config.nnodes > 1 and config.node_rank == 0:
-        joining, first = config.multinode_httpmanager_port, config.multinode_router_gloo_port
-        hosts = {config.host, config.nccl_host}
-        if joining == config.port and (len(hosts) == 1 or hosts & {*_ANY_ADDRESS}):
+    if config.nnodes == 1:
+        return None
+    joining, first = config.multinode_httpmanager_port, config.multinode_router_gloo_port
+    per_node, leads = config.tp // config.nnodes, config.node_rank == 0
+    ranks = range(per_node * config.node_rank, per_node * (config.node_rank + 1))
+    if same_address(config.host, config.nccl_host):
+        if leads and joining == config.port:
             return (
                 f"--multinode_httpmanager_port {joining} is --port: HTTP is served there; give "
                 "another"
             )
-        if first <= joining < first + config.tp // config.nnodes:
+        if (rank := config.port - first) in ranks:
             return (
-                f"--multinode_httpmanager_port {joining} is a port of rank {joining - first} "
+                f"--port {config.port} is the port of rank {rank} "
                 f"(--multinode_router_gloo_port {first}); give another"
             )
+    if leads and (rank := joining - first) in ranks:
+        return (
+            f"--multinode_httpmanager_port {joining} is a port of rank {rank} "
+            f"(--multinode_router_gloo_port {first}); give another"
+        )
     return None
+
+
+def same_address(one: str, other: str) -> bool:
+    """Whether two listeners at these hosts, of this machine, cannot have the same port."""
+    return one == other or not {one, other}.isdisjoint(_ANY_ADDRESS)
 
 
 def second_names(config: Config) -> Iterator[tuple[str, str | int]]:

@@ -18,7 +18,7 @@ from asyncllm.core.request_director import SILENT_S
 from asyncllm.errors import StartupError
 from asyncllm.server import rendezvous
 from asyncllm.server.facts import Facts, kv_facts, model_facts, text_facts
-from asyncllm.server.launch import Boot
+from asyncllm.server.launch import Boot, address_of
 from asyncllm.server.secret import CHANNEL, cluster_keys, is_loopback
 
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # as an address to connect to: this machine
@@ -48,7 +48,7 @@ def open_channel(config: Config, stack: contextlib.ExitStack) -> tuple[Channel |
     channel = Channel(info, keys, silence_s(config))
     stack.callback(channel.close)
     if leads and not config.check:
-        channel.listen(config.host, cluster_port(config))
+        channel.listen(address_of(config.host, "--host"), cluster_port(config))
     return channel, host
 
 
@@ -74,12 +74,14 @@ def _own_host(config: Config) -> str:
         StartupError: no route to the other server, or only this machine can reach this one.
     """
     if config.run_mode in roles.NODES:
-        return rendezvous.address_towards(config.config_server_host or master_of(config)[0])
+        if config.config_server_host is None:
+            return rendezvous.address_towards(master_of(config)[0], "--pd_master_ip")
+        return rendezvous.address_towards(config.config_server_host, "--config_server_host")
     host, towards = config.host, config.config_server_host
     if towards is None or config.run_mode == roles.CONFIG_SERVER:
         return ANY_ADDRESS.get(host, host)
     if host in ANY_ADDRESS:
-        return rendezvous.address_towards(towards)
+        return rendezvous.address_towards(towards, "--config_server_host")
     if is_loopback(host) and not is_loopback(towards):
         raise StartupError(
             f"--host {host} is reached from this machine only, and --config_server_host {towards} "

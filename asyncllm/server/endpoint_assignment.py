@@ -6,7 +6,6 @@ import contextlib
 import ipaddress
 import logging
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from asyncllm.environment import use_interface
 from asyncllm.errors import StartupError
 from asyncllm.server import rendezvous
 from asyncllm.server.facts import facts
-from asyncllm.server.launch import NodeWires, ZmqAddresses
+from asyncllm.server.launch import NodeWires, ZmqAddresses, address_of
 from asyncllm.server.nodes import NodeJoin, NodeJoined, NodeLink, NodeMember, NodeRendezvous
 from asyncllm.server.secret import cluster_keys
 from asyncllm.topology import Contract, Topology
@@ -164,19 +163,10 @@ def _towards(config: Config) -> str:
 
     That is node 0; on node 0 itself, if --nccl_host means all of its addresses, the advertised one.
     """
-    found = _address(config.nccl_host) if config.node_rank == 0 and config.nnodes > 1 else ""
-    if found and _stands_for_all(found) and config.advertise_host:
+    host, leads = config.nccl_host, config.node_rank == 0 and config.nnodes > 1
+    if leads and config.advertise_host and _stands_for_all(address_of(host, "--nccl_host")):
         return config.advertise_host
-    return config.nccl_host
-
-
-def _address(host: str) -> str:
-    """Resolve a host to an address."""
-    try:
-        found = socket.getaddrinfo(host, 1, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise StartupError(f"{host} has no address: {error.strerror} (--nccl_host)") from None
-    return str(found[4][0])
+    return host
 
 
 def _stands_for_all(address: str) -> bool:
@@ -186,7 +176,7 @@ def _stands_for_all(address: str) -> bool:
 def _own_address(config: Config) -> str:
     """Where node 0 listens: --nccl_host as an address."""
     host = config.nccl_host
-    address = _address(host)
+    address = address_of(host, "--nccl_host")
     if _stands_for_all(address) and not config.advertise_host:
         raise StartupError(
             f"--nccl_host {host} means every address of this machine: specify the one by which the "

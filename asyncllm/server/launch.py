@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -156,9 +158,9 @@ class Children:
             # an HTTP worker ends its requests when rank 0 dies, and then itself
             words = () if boot.me.replaceable else (str(boot.parent),)
             process = spawn(num_threads, fds, *words)
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), process.stdin:  # its death is noticed below
-            process.stdin.write(boot.to_json().encode())
+        # in a thread: it reads when it has imported, and a pipe does not hold many API keys
+        text = boot.to_json().encode()
+        threading.Thread(target=_give, args=(process, text), name="boot", daemon=True).start()
         self.adopt(boot, process)
 
     def adopt(self, boot: Boot, process: subprocess.Popen[bytes]) -> None:
@@ -215,6 +217,13 @@ class Children:
         early_ranks.kill(processes)
 
 
+def _give(process: subprocess.Popen[bytes], text: bytes) -> None:
+    """All that a child reads on its standard input."""
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin:  # its death is noticed elsewhere
+        process.stdin.write(text)
+
+
 def watch_parent(parent: int, orphaned: Callable[[], object]) -> None:
     """Call ``orphaned``, in a thread, when ``parent`` has died.
 
@@ -242,12 +251,29 @@ def bind_http(host: str, port: int) -> socket.socket:
         raise StartupError(f"cannot listen on {host}:{port}: {reason} (--host, --port)") from None
 
 
+def resolve(
+    host: str, port: int, kind: int = socket.SOCK_STREAM, flags: int = 0
+) -> tuple[int, tuple[object, ...]]:
+    """(family, address) of the first address of a host. Raises OSError: it has none."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=kind, flags=flags)[0]
+    except UnicodeError:
+        raise OSError(errno.EINVAL, "not a host name") from None
+    return family, address
+
+
+def address_of(host: str, option: str) -> str:
+    """The first address of a host, which ``option`` gives. Raises StartupError: it has none."""
+    try:
+        return str(resolve(host, 1)[1][0])
+    except OSError as error:
+        raise StartupError(f"{host} has no address: {error.strerror} ({option})") from None
+
+
 def bound(host: str, port: int, flags: int = 0) -> socket.socket:
     """A socket that is bound and not yet listening. Raises OSError."""
-    family, kind, proto, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=flags
-    )[0]
-    sock = socket.socket(family, kind, proto)
+    family, address = resolve(host, port, flags=flags)
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
@@ -284,7 +310,20 @@ def _sweep(parent: Path) -> None:
         with contextlib.suppress(OSError):  # removed meanwhile
             ours = folder.stat().st_uid == os.getuid()
             if ours and pid.isdigit() and not Path(f"/proc/{pid}").exists():
+                # one of another container that shares /tmp may live: it holds a lock
+                os.close(_locked(folder))
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked(folder: str | Path) -> int:
+    """A descriptor that holds a lock on a folder. Raises OSError: another one does."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 class ZmqAddresses:
@@ -296,12 +335,14 @@ class ZmqAddresses:
     """
 
     def __init__(self, zmq_mode: str, *, alone: bool) -> None:
-        self._alone, self._folder = alone, ""
+        self._alone, self._folder, self._lock = alone, "", -1
         if alone or zmq_mode == "tcp://":
             return
         _sweep(FOLDERS)
         # mkdtemp makes it 0700: other users of this machine cannot reach the sockets
         self._folder = tempfile.mkdtemp(prefix=f"asyncllm-{os.getpid()}-", dir=FOLDERS)
+        with contextlib.suppress(OSError):  # a file system without locks
+            self._lock = _locked(self._folder)
 
     def address(self, endpoint: int) -> str:
         """The address an endpoint binds; "" if it is alone. The endpoint itself picks a free port:
@@ -314,6 +355,9 @@ class ZmqAddresses:
         """Remove the folder."""
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
 
 @dataclass(frozen=True, slots=True)

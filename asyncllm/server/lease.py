@@ -154,7 +154,7 @@ def take_lease(config: Config, stack: contextlib.ExitStack) -> str | None:
         return None
     host, port = config_server_of(config)
     keys = cluster_keys(config, CHANNEL, ("config_server_host", "advertise_host"))
-    own = config.advertise_host or rendezvous.address_towards(host)
+    own = config.advertise_host or rendezvous.address_towards(host, "--config_server_host")
     name = f"{config.run_mode} {netloc(own, config.port)}"
     channel = Channel(PeerInfo(role=TENANT, name=name), keys, silence_s(config))
     asks: LeasePort | FindRendezvous = FindRendezvous(config.nccl_port)

@@ -13,9 +13,9 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-from asyncllm.config import Config
+from asyncllm.config import Config, roles
 from asyncllm.errors import StartupError
-from asyncllm.server.launch import bound
+from asyncllm.server.launch import bound, resolve
 
 BACKLOG = 256  # every rank connects at about the same time
 
@@ -30,7 +30,7 @@ def listen(config: Config) -> socket.socket:
     """
     host, port = config.nccl_host, config.nccl_port
     try:
-        if port == config.port and config.host in (host, "0.0.0.0", "::"):
+        if port == config.port and roles.same_address(config.host, host):
             raise OSError(errno.EADDRINUSE, "HTTP is served there (--port)")
         return _listen(host, port)
     except OSError as error:
@@ -70,20 +70,20 @@ def _cannot(host: str, port: int, error: OSError) -> str:
     return f"ranks cannot meet at {host}:{port or '(any port)'}: {reason} ({flags})"
 
 
-def address_towards(host: str) -> str:
-    """The address of this machine from which it reaches ``host``.
+def address_towards(host: str, option: str = "--nccl_host") -> str:
+    """The address of this machine from which it reaches ``host``, which ``option`` gives.
 
     Raises:
         StartupError: there is no route to it.
     """
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+        family, address = resolve(host, 1, socket.SOCK_DGRAM)
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(address)  # sends nothing; the kernel looks up the route
             return str(probe.getsockname()[0])
     except OSError as error:
         reason = error.strerror or str(error)
-        raise StartupError(f"no route to {host}: {reason} (--nccl_host)") from None
+        raise StartupError(f"no route to {host}: {reason} ({option})") from None
 
 
 def interface_to(host: str) -> str:

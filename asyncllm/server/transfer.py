@@ -28,7 +28,7 @@ from asyncllm.errors import StartupError
 from asyncllm.models.spec import AttentionSpec, ModelSpec, shard_heads
 from asyncllm.records import KvWireFormat
 from asyncllm.server.cluster import meets_others
-from asyncllm.server.launch import Boot
+from asyncllm.server.launch import Boot, address_of
 from asyncllm.server.secret import TRANSFER, cluster_keys
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ def open_kv_listener(boot: Boot) -> KvListener | None:
     try:
         if port > roles.MOST_PORT:
             raise zmq.ZMQError(errno.EINVAL, "there is no such port")
+        if port == config.port and roles.same_address(config.host, host):
+            raise zmq.ZMQError(errno.EADDRINUSE, "HTTP is served there (--port)")
         return KvListener(keys, host, port)
     except zmq.ZMQError as error:
         if given:
@@ -83,14 +85,15 @@ def _cannot(host: str, port: int, error: zmq.ZMQError) -> str:
 
 def _own(host: str) -> str:
     """The address of this machine that ``host`` names; of another, such as that of a gateway: all
-    of this machine's."""
-    family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    of this machine's. Raises StartupError: it names none."""
+    address = address_of(host, "--advertise_host")
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:
-            probe.bind(address)
+            probe.bind((address, 0))
         except OSError:
             return "::" if family == socket.AF_INET6 else "0.0.0.0"
-    return str(address[0])
+    return address
 
 
 def make_transfer(

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,24 @@ def test_a_master_listens_behind_its_http_port_unless_told_otherwise(free_port: 
         assert (channel.info.role, channel.info.name) == ("pd_master", "127.0.0.1:65535")
         with pytest.raises(StartupError, match=f"127.0.0.1:{free_port}"):
             open_channel(config, stack)
+
+
+def test_a_host_may_be_a_name(free_port: int, tmp_path: Path) -> None:
+    make_key_file(tmp_path / "key")
+    key = str(tmp_path / "key")
+    with contextlib.ExitStack() as stack:
+        config = Config(run_mode="pd_master", host="localhost", cluster_port=free_port)
+        channel, host = open_channel(config, stack)
+        assert channel is not None
+        assert (channel.port, host) == (free_port, "localhost")
+        for option, more in (
+            ("pd_master_ip", {}),
+            ("config_server_host", {"config_server_port": 1}),
+        ):
+            words: dict[str, Any] = {option: "no-such-host.invalid", **more}
+            lost = Config(run_mode="prefill", cluster_key_file=key, **words)
+            with pytest.raises(StartupError, match=rf"^no route to no-such.*\(--{option}\)$"):
+                open_channel(lost, stack)
 
 
 @pytest.mark.parametrize(("given", "meant"), [("0.0.0.0", "127.0.0.1"), ("::", "::1")])

@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -90,6 +91,39 @@ def test_http_workers_wait_for_their_boot_while_rank_0_loads(
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
             pipe.close()
+
+
+def test_nobody_waits_for_a_child_to_read_what_it_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads when it has imported, which takes seconds."""
+    reads, done = threading.Event(), threading.Event()
+
+    class Pipe(io.BytesIO):
+        def write(self, text: Any) -> int:
+            assert reads.wait(WAIT_S)
+            return super().write(text)
+
+        def close(self) -> None:
+            given.append(self.getvalue())
+            super().close()
+            done.set()
+
+    given: list[bytes] = []
+    process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    pipe, process.stdin = process.stdin, Pipe()
+    assert pipe is not None
+    monkeypatch.setattr(launch, "spawn", lambda *_: process)
+
+    async def go() -> None:
+        children = Children(lambda *_: None)
+        children.start(boot(), 1)
+        assert given == []
+        reads.set()
+        assert await asyncio.to_thread(done.wait, WAIT_S)
+        children.kill()
+
+    asyncio.run(go())
+    pipe.close()
+    assert given == [boot().to_json().encode()]
 
 
 @pytest.mark.parametrize(

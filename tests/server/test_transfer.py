@@ -89,6 +89,24 @@ def test_a_busy_default_gives_way_to_a_free_port() -> None:
             assert listener.port not in (0, busy)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_the_http_port_is_busy(host: str, free_port: int) -> None:
+    """It is bound already, and listens later."""
+    config = boot(host=host, pd_decode_rpyc_port=free_port, port=free_port).config
+    with pytest.raises(StartupError, match=rf":{free_port}: HTTP is served there \(--port\)"):
+        open_kv_listener(replace(boot(), config=config))
+    object.__setattr__(config, "explicit", frozenset())
+    with opened(replace(boot(), config=config)) as listener:
+        assert listener.port != free_port
+
+
+def test_a_host_without_an_address_is_named() -> None:
+    with pytest.raises(
+        StartupError, match=r"no-such-host.invalid has no address: .*advertise_host"
+    ):
+        open_kv_listener(boot("no-such-host.invalid"))
+
+
 def test_a_port_beyond_the_last_one_is_an_error() -> None:
     with pytest.raises(StartupError, match="there is no such port"):
         open_kv_listener(boot(endpoint=1, pd_decode_rpyc_port=65535))
