@@ -26,6 +26,10 @@ from asyncllm.messages import StepPlan
 BIAS = np.dtype([("token", np.int32), ("value", np.float32)])
 MOST_SCALE = 1e30  # bound of a length penalty, so that its product with a logit is finite
 BAN = -1e30  # below every logit but above -inf, since a constraint may allow nothing else
+# Beyond these all tokens are as likely, or repeated for ever. Nothing becomes infinite, which would
+# make NaN of what a mask forbids, and a BAN that is multiplied by both is still one.
+MOST_TEMPERATURE = 1e15
+LEAST_REPETITION = 1e-10
 
 
 @dataclass(slots=True)
@@ -140,7 +144,7 @@ class SamplingTable:
             known = np.frombuffer(opened.known, np.int32)
             biases, bans = (self._pairs(p, banned=each) for each in (False, True))
             self.lanes[number] = OpenLane(p, opened.prompt_len, known, biases, bans)
-            self.temperature[number] = p.temperature
+            self.temperature[number] = min(p.temperature, MOST_TEMPERATURE)
             self.top_k[number] = p.top_k if p.top_k > 0 else self._vocab_size
             self.top_p[number], self.min_p[number] = p.top_p, p.min_p
             self.seed[number] = p.seed & 0xFFFFFFFFFFFFFFFF
@@ -148,7 +152,7 @@ class SamplingTable:
             self.logprobs[number] = p.logprobs
             self.presence[number] = p.presence_penalty
             self.frequency[number] = p.frequency_penalty
-            self.repetition[number] = p.repetition_penalty
+            self.repetition[number] = max(p.repetition_penalty, LEAST_REPETITION)
             self.penalize_prompt[number] = p.penalize_prompt
             self.penalized[number] = (
                 p.presence_penalty != 0 or p.frequency_penalty != 0 or p.repetition_penalty != 1

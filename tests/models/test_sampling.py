@@ -15,7 +15,7 @@ import torch
 from asyncllm.codec import i32
 from asyncllm.core.request import SamplingParams
 from asyncllm.engine.sampling import SamplingTensors, TorchSampler, put_given, raise_ends
-from asyncllm.engine.sampling_table import SamplingTable, uniform
+from asyncllm.engine.sampling_table import BAN, SamplingTable, uniform
 from asyncllm.engine.step_inputs import Penalties, unpack
 from asyncllm.messages import StepPlan
 from asyncllm.records import OpenedLane
@@ -137,6 +137,27 @@ def test_repetition_multiplies_negative_logits() -> None:
     logits = -torch.ones(2, 5)
     TorchSampler().penalize(logits, HISTORY, penalties(repetition=torch.tensor([2.0])), 5)
     assert logits[1, 3] == -2
+
+
+@pytest.mark.parametrize(
+    ("temperature", "repetition"),
+    [(1e308, 1.0), (1e39, 1e-10), (1e-5, 5e-324), (1.0, 1e-38), (1e308, 5e-324)],
+)
+def test_numbers_beyond_float32_undo_no_ban(temperature: float, repetition: float) -> None:
+    table = SamplingTable(1, 100, eos_ids=())
+    wild = SamplingParams(temperature=temperature, repetition_penalty=repetition)
+    plan = one_row_plan(wild, 1, 9)
+    table.open(plan)
+    batch = table.batch(unpack(plan, 64))
+    assert batch.penalties is not None or repetition == 1
+    factor = torch.tensor(table.repetition)
+    logits = torch.tensor([[0.0] * 5, [1e4, -1e4, 0.0, BAN, 1e4]])
+    every = torch.arange(6, dtype=torch.int32).expand(3, -1)
+    given = penalties(repetition=factor, penalize_prompt=torch.tensor([1]))
+    TorchSampler().penalize(logits, every, given, 5)
+    assert torch.isfinite(logits).all()
+    logits[1, 4] = -math.inf  # by a mask
+    assert set(draw(logits[1].tolist(), temperature=float(batch.temperature[0]))) <= {0, 1, 2}
 
 
 def test_log_probs() -> None:
