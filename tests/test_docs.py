@@ -14,6 +14,7 @@ from asyncllm.config import FLAGS
 from asyncllm.core import request_director
 from asyncllm.core.metrics import ProcessCounters, RegistryMetrics, ServerMetrics, StatsSnapshot
 from asyncllm.core.request_director import TRANSFER_FAILED
+from asyncllm.topology import PLACEMENT
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -125,3 +126,19 @@ def test_every_error_code_is_told() -> None:
         code for row in table.splitlines()[2:] for code in re.findall(r"`(\w+)`", row.split("|")[3])
     }
     assert told == codes - {TRANSFER_FAILED}  # the master tries again
+
+
+def test_the_table_of_roles_is_the_placement() -> None:
+    rows = re.findall(r"^\| (\w+) \| [^|]+ \| ([\w, ]+) \|$", text_of("architecture.md"), re.M)
+    told = {role: frozenset(actors.split(", ")) for role, actors in rows if role in PLACEMENT}
+    assert told == PLACEMENT
+
+
+def test_the_table_of_files_is_whole() -> None:
+    page = text_of("architecture.md")
+    table = page.partition("\n## Files\n")[2].partition("\n## ")[0]
+    package = ROOT / "asyncllm"
+    known = {p.name for p in package.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    known -= {"__init__.py", "__main__.py"}
+    told = set(re.findall(r"`(\w+(?:\.py|/))", table))
+    assert {name for name in known if name not in told and f"{name}/" not in told} == set()
