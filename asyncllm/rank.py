@@ -109,9 +109,10 @@ def serve(
                 return 0
         if ahead is not None:
             _compile(ahead, boot, spec)
-        status = None if serves else sock
-        node = assignment.wires, assignment.node_link, status, channel, ahead, early
-        return uvloop.run(Server(boot, spec, text, NodeResources(*node), watch).run())
+        node = NodeResources(
+            assignment, status=None if serves else sock, channel=channel, ahead=ahead, early=early
+        )
+        return uvloop.run(Server(boot, spec, text, node, watch).run())
 
 
 def _tell(resolved: ResolvedConfig) -> None:

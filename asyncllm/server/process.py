@@ -36,17 +36,15 @@ from asyncllm.server.cluster import introduce
 from asyncllm.server.compile_helper import CompileHelper
 from asyncllm.server.culprit import Culprit
 from asyncllm.server.early_ranks import EarlyRanks
+from asyncllm.server.endpoint_assignment import EndpointAssignment
 from asyncllm.server.launch import (
     EXIT_FAILED,
     Boot,
     Children,
-    NodeWires,
-    ZmqAddresses,
     tls_context,
     watch_parent,
 )
 from asyncllm.server.loading import Loaded, load_endpoint, num_threads, torch_device
-from asyncllm.server.nodes import NodeLink
 from asyncllm.server.preflight import try_ways
 from asyncllm.server.signals import SHOW, SignalWatcher, handle_draining
 from asyncllm.server.status import JSON, TEXT, Page, StatusPages
@@ -70,16 +68,14 @@ class NodeResources:
     """State that only the process that the user started on a node has.
 
     Args:
-        wires: where it and its children listen.
-        node_link: to the other nodes; None: there are none.
+        assignment: where it and its children listen, and its link to the other nodes.
         status: bound socket for /health and /metrics of a node that serves no requests.
         channel: to other servers of a cluster; None: it belongs to none.
         ahead: the helper that compiles this node's kernels; None: kernels compile at first use.
         early: the node's other ranks, as far as they have been started already.
     """
 
-    wires: ZmqAddresses | NodeWires | None = None
-    node_link: NodeLink | None = None
+    assignment: EndpointAssignment | None = None
     status: socket | None = None
     channel: Channel | None = None
     ahead: CompileHelper | None = None
@@ -98,7 +94,9 @@ class Server:
         watch: SignalWatcher,
     ) -> None:
         self._boot, self._spec, self._text = boot, spec, text
-        self._wires, self._node_link, self._watch = resources.wires, resources.node_link, watch
+        self._watch, assignment = watch, resources.assignment
+        self._wires = None if assignment is None else assignment.wires
+        self._node_link = None if assignment is None else assignment.node_link
         self._status: StatusPages | None = None
         self._status_socket, self._channel = resources.status, resources.channel
         self._ahead, self._early = resources.ahead, resources.early
