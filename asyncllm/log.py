@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from json import dumps
-from types import TracebackType
 from typing import Self, TextIO
 
 QUIET = ("aiohttp.access", "asyncio", "filelock", "httpcore", "httpx", "huggingface_hub",
@@ -124,12 +123,7 @@ class ProgressBar:
             self._quarter, self._shown = max(quarter, self._quarter), self._clock()
             _log.info("%s", self.text())
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.live:
             self.draw()
             self._stream.write("\n")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -119,7 +119,7 @@ class OpenFiles:
         self._stack.callback(self._pinned.wait)
         self._opened: dict[Path, _File] = {}
 
-    def __enter__(self) -> OpenFiles:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

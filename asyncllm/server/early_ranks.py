@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Collection, Sequence
-from types import TracebackType
 from typing import Self
 
 from asyncllm.actors.heartbeats import Heartbeats
@@ -70,12 +69,7 @@ class EarlyRanks:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         kill(self._waiting)
         for process in self._waiting:
             assert process.stdin is not None
