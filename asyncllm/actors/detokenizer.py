@@ -59,11 +59,6 @@ class Detokenizer(Actor[Inbox]):
         self._lost = set[int]()  # leaders of lost groups; their messages are ignored
         self._special = {text.decode([i]): i for i in text.special}
 
-    @property
-    def following(self) -> int:
-        """Streams that have not ended."""
-        return len(self._streams)
-
     def started(self) -> None:
         self.frontend = self.system.ref("frontend")
         self.scheduler = self.system.at_intake("scheduler")

@@ -100,7 +100,6 @@ class Engine:
         layout = model.site.attention.layout
         room = PerSpace(num_slots, num_slots if num_sliding is None else num_sliding)
         self.kv = layout.allocate(PerSpace(room.full + 1, room.sliding + 1), device)
-        self.num_sliding = num_sliding
         self._two_spaces = num_sliding is not None and all(layout.bytes_per_slot())
         # one extra lane, which padding writes to
         self.table = zeros((num_lanes + 1, max_len), torch.int32, device)

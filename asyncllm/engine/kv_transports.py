@@ -40,7 +40,6 @@ from asyncllm.engine.kv_pair import RankPair, nccl_pair
 from asyncllm.errors import StartupError
 
 TCP, NCCL, P2P, AUTO = "tcp", "nccl", "p2p", "auto"
-MODES = (AUTO, NCCL, P2P, TCP)
 ORDERED = ("x86_64", "AMD64")  # architectures whose stores are seen in order
 log = logging.getLogger(__name__)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

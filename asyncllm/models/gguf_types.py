@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SUPER = 256  # elements of a block of the K types
-
 
 @dataclass(frozen=True, slots=True)
 class GroupedValues:

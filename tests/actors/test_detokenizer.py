@@ -115,7 +115,7 @@ def play(
             feeding = asyncio.create_task(feed())
             await system.run()
             await feeding
-            assert detokenizer.following == 0
+            assert not detokenizer._streams
 
     uvloop.run(main())
     return front, sched

@@ -13,7 +13,7 @@ import torch
 from asyncllm.actors.kv_listener import KvListener
 from asyncllm.config import Config, resolve_limits
 from asyncllm.core.windows import Window
-from asyncllm.engine.kv_transports import AUTO, MODES, TCP, make_ways
+from asyncllm.engine.kv_transports import AUTO, P2P, TCP, make_ways
 from asyncllm.errors import StartupError
 from asyncllm.server.launch import Boot
 from asyncllm.server.transfer import open_kv_listener, refuse, transfer_keys
@@ -143,8 +143,8 @@ def test_what_this_machine_has_not_got_is_refused(monkeypatch: pytest.MonkeyPatc
 
 def test_each_mode_has_its_ways() -> None:
     cpu = torch.device("cpu")
-    assert {mode: make_ways(mode, 2, 8, cpu)[1].names for mode in MODES if mode != "nccl"} == {
+    assert {mode: make_ways(mode, 2, 8, cpu)[1].names for mode in (AUTO, P2P, TCP)} == {
         AUTO: (TCP,),
-        "p2p": ("p2p",),
+        P2P: (P2P,),
         TCP: (TCP,),
     }

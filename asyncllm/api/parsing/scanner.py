@@ -53,7 +53,6 @@ class Scanner:
         self.pos = 0
         self.ended = False  # no more text will come
         self.starved = False  # something was asked for beyond the end, since the last free()
-        self.halfway = False  # the text ends with the beginning of a mark
         self._held = False
         self._recording = False
         self._passed: list[str] = []
@@ -178,7 +177,6 @@ class Scanner:
                 return found.group()
             if not (yield from self.more()):
                 if self.pos < len(self.buf):
-                    self.halfway = True
                     out(self.buf[self.pos :])
                     self.pos = len(self.buf)
                 return ""

@@ -61,7 +61,6 @@ class ToolParser(IncrementalParser[Event]):
         self.tools = {tool.name: tool for tool in tools}
         self.calls: list[Call] = []
         self._make_id = make_id
-        self._cut = False  # the text ends inside a block
         self._open: Call | None = None
         self._pieces: list[str] = []  # of its arguments
         self._pending: list[str] = []  # those not in an event yet
@@ -69,12 +68,6 @@ class ToolParser(IncrementalParser[Event]):
         self._kept = ""  # white space before calls, content if more follows
         self._said = False  # there is visible content
         self._beside = False  # nothing visible since the last call
-
-    @property
-    def complete(self) -> bool:
-        """The text has ended, with calls, all of them whole, and not inside one."""
-        ended = self._scan.ended and not self._cut
-        return ended and bool(self.calls) and all(call.complete for call in self.calls)
 
     # -- what a format does ----------------------------------------------------------------------
 
@@ -222,7 +215,6 @@ class ToolParser(IncrementalParser[Event]):
             s.free()
             mark = yield from s.to_mark(self.marks, self._text)
             if not mark:
-                self._cut = self._cut or s.halfway
                 self._end_text()
                 return
             num_calls = len(self.calls)
@@ -231,7 +223,6 @@ class ToolParser(IncrementalParser[Event]):
             if (yield from self._block(mark)):
                 self._absorb()
                 continue
-            self._cut = self._cut or s.starved
             if self._open is not None:
                 if s.starved:  # the rest is half a JSON token of the arguments
                     s.pos = len(s.buf)

@@ -22,7 +22,10 @@ class Parsed:
 
     content: str
     calls: tuple[Call, ...]
-    complete: bool
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.calls) and all(call.complete for call in self.calls)
 
 
 def parse_whole(
@@ -31,7 +34,7 @@ def parse_whole(
     parser = make_parser(format_name, tools, make_id)
     events = parser.push(text) + parser.finish()
     content = "".join(event.text for event in events if isinstance(event, Content))
-    return Parsed(content, tuple(parser.calls), parser.complete)
+    return Parsed(content, tuple(parser.calls))
 
 
 WS = " \t\r\n"
@@ -54,7 +57,7 @@ EXAMPLES = settings(
     suppress_health_check=list(HealthCheck),
 )
 
-Found = tuple[str, list[tuple[str, str, str, bool, str]], bool]
+Found = tuple[str, list[tuple[str, str, str, bool, str]]]
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def found(p: ToolParser, events: list[Event]) -> Found:
     told = zip(heads, texts, ends, strict=True)
     assert [(*head, text, end) for head, text, end in told] == [call[:4] for call in calls]
     assert len({call[0] for call in calls}) == len(calls)
-    return content, calls, p.complete
+    return content, calls
 
 
 def parse(format_name: str, pieces: Iterable[str]) -> Found:

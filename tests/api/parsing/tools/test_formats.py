@@ -41,10 +41,8 @@ def test_arguments_stream_while_they_come() -> None:
     assert p.push("u00") == []
     assert p.push("e9") == [Arguments(0, "\\u00e9")]
     assert p.push('"}') == [Arguments(0, '"}'), CallEnd(0, True)]
-    assert not p.complete
     assert p.push("}</tool_call>") == []
     assert p.finish() == []
-    assert p.complete
 
 
 def test_a_string_of_a_tag_format_streams_while_it_comes() -> None:
@@ -135,15 +133,6 @@ def test_finish_reason() -> None:
             second_is_cut = text.index('{"s"') < length - len(text) < whole
             is_whole = length >= whole and not (parallel and second_is_cut)
             assert p.finish_reason("stop") == ("tool_calls" if is_whole else "stop"), length
-
-
-def test_an_answer_is_complete_at_the_end_of_its_calls() -> None:
-    text = '<tool_call>{"name": "f", "arguments": {"s": "x"}}</tool_call>'
-    for length in range(len(text) + 1):
-        p = make_parser("hermes", TOOLS)
-        p.push(text[:length])
-        p.finish()
-        assert p.complete == (length == len(text))
 
 
 def test_unknown_names_are_passed_on_where_a_mark_says_it_is_a_call() -> None:
@@ -284,7 +273,7 @@ def test_long_arguments_take_linear_time() -> None:
     assert len(p._scan.buf) < 100
     p.push('"}}</tool_call>')
     p.finish()
-    assert p.complete
+    assert p.calls[0].complete
     assert len(p.calls[0].arguments) == 800_000 + len('{"s": ""}')
 
 
