@@ -444,7 +444,7 @@ def warm_up(
 
 def _try_shared(device: CpuDevice | CudaDevice | DryDevice, max_len: int) -> None:
     """Run steps whose rows share all tokens but one, in sizes where sharing saves time."""
-    most = len(device.engine.table) - 1
+    most = min(len(device.engine.table) - 1, device.engine.num_rows)
     for num in sorted({min(num, most) for num in (LEAST_ROWS, 4 * LEAST_ROWS, most)}):
         plan = even_plan([1] * num, max_len - 1, num_decode=num)
         shared_lens = i32([0] + [max_len - 1] * (num - 1))

@@ -33,7 +33,8 @@ def measure(
     if isinstance(device, CpuDevice):
         return []
     found = []
-    for plan in plans(len(device.engine.table) - 1, num_tokens, max_len) * ROUNDS:
+    most = min(len(device.engine.table) - 1, device.engine.num_rows)
+    for plan in plans(most, num_tokens, max_len) * ROUNDS:
         done = device.launch(plan).wait()
         num = len(plan.tokens)
         size = StepSize(num, sum(plan.starts) + num, len(plan.lanes), plan.num_decode > 0)
@@ -41,9 +42,9 @@ def measure(
     return found
 
 
-def plans(num_lanes: int, num_tokens: int, max_len: int) -> list[StepPlan]:
-    """Steps that fit; arguments as of :func:`measure`."""
-    decoding = [_decode(num, min(READ, max_len - 1)) for num in ROWS if num <= num_lanes]
+def plans(most: int, num_tokens: int, max_len: int) -> list[StepPlan]:
+    """Steps that fit, of up to ``most`` rows; other arguments as of :func:`measure`."""
+    decoding = [_decode(num, min(READ, max_len - 1)) for num in ROWS if num <= most]
     return decoding + [_prefill(num) for num in TOKENS if num <= min(num_tokens, max_len - 1)]
 
 

@@ -40,7 +40,7 @@ from asyncllm.core.windows import NO_SLOTS, PerSpace, Window
 from asyncllm.engine.build import MemoryPlan, Sizes, build_model, make_device, plan_memory, warm_up
 from asyncllm.engine.device import CpuDevice, CudaDevice
 from asyncllm.engine.engine import Engine
-from asyncllm.engine.graphs import mixed_sizes
+from asyncllm.engine.graphs import decode_sizes, mixed_sizes
 from asyncllm.engine.kernel_recording import DryDevice
 from asyncllm.engine.parallel import Group, Ranks, SingleRank
 from asyncllm.engine.step_timing import measure
@@ -122,7 +122,8 @@ def _graph_tokens(boot: Boot) -> int:
     """Tokens of the largest CUDA graph; 0: there are none."""
     if boot.config.disable_cudagraph:
         return 0
-    return mixed_sizes(boot.resolved.chunked_prefill_size)[-1]
+    sizes = mixed_sizes(boot.resolved.chunked_prefill_size), decode_sizes(most_rows(boot))
+    return max(size[-1] for size in sizes)
 
 
 def moving_tokens(config: Config) -> int:
@@ -131,11 +132,11 @@ def moving_tokens(config: Config) -> int:
 
 
 def most_rows(boot: Boot) -> int:
-    """Maximum one-token rows of a step: one per request, plus drafts."""
-    config, num_lanes = boot.config, boot.resolved.running_max_req_size
-    if config.speculative == "none":
-        return num_lanes
-    return step_rows(num_lanes, config.speculative_tokens)
+    """Maximum one-token rows of a step: one per request, plus drafts, within the step's tokens."""
+    config, rows = boot.config, boot.resolved.running_max_req_size
+    if config.speculative != "none":
+        rows = step_rows(rows, config.speculative_tokens)
+    return min(rows, boot.resolved.batch_max_tokens)
 
 
 def rope_notes(spec: ModelSpec, max_len: int) -> list[str]:

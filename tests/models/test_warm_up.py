@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from asyncllm.core.step_times import StepTimes
 from asyncllm.engine.build import warm_up
 from asyncllm.engine.step_timing import measure, plans
+from asyncllm.messages import StepPlan
 from tests.models.harness import make_device
 from tests.models.test_llama import make_checkpoint
 
@@ -59,3 +61,17 @@ def test_steps_that_are_measured_run_and_make_times_known(tmp_path: Path, device
     times = StepTimes(measured)
     assert bool(times.decoding(8)) == (device == "cuda")
     made.close()
+
+
+def test_steps_that_are_measured_have_no_more_rows_than_serving_has() -> None:
+    """The columns of graphs have room for no more."""
+    launched: list[int] = []
+
+    def launch(plan: StepPlan) -> Any:
+        launched.append(plan.num_decode)
+        return SimpleNamespace(wait=lambda: SimpleNamespace(device_ms=1.0))
+
+    engine = SimpleNamespace(table=[0] * 101, num_rows=5)
+    made: Any = SimpleNamespace(engine=engine, launch=launch)
+    assert len(measure(made, 128, 256)) == len(launched)
+    assert max(launched) == 4

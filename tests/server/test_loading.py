@@ -131,3 +131,29 @@ def test_an_error_of_reading_is_told_while_the_warm_up_still_runs(
     told.set()
     assert ended.wait(WAIT_S)
     assert said[-1] == "told first"
+
+
+@pytest.mark.parametrize(
+    ("speculative", "batch", "chunk", "rows", "largest"),
+    [
+        ("none", 16384, 4096, 1000, 4096),
+        ("none", 256, 64, 256, 320),  # no step has more rows than tokens, nor has a graph
+        ("ngram", 700, 700, 700, 956),
+        ("none", 16384, 64, 1000, 1000),  # steps that decode are the largest
+    ],
+)
+def test_rows_and_graphs_are_as_large_as_a_step_can_be(
+    speculative: str, batch: int, chunk: int, rows: int, largest: int
+) -> None:
+    boot: Any = SimpleNamespace(
+        config=SimpleNamespace(
+            speculative=speculative, speculative_tokens=16, disable_cudagraph=False
+        ),
+        resolved=SimpleNamespace(
+            running_max_req_size=1000, batch_max_tokens=batch, chunked_prefill_size=chunk
+        ),
+    )
+    assert loading.most_rows(boot) == rows
+    assert loading._graph_tokens(boot) == largest
+    boot.config.disable_cudagraph = True
+    assert loading._graph_tokens(boot) == 0
