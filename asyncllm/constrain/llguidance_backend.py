@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from time import thread_time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,9 +21,9 @@ from numpy.typing import NDArray
 from asyncllm.constrain.grammars import ebnf, regex
 from asyncllm.constrain.grammars.calls import calls_grammar
 from asyncllm.constrain.grammars.writing import COMPACT, FeasibilityChecks, schema_grammar
+from asyncllm.constrain.likely_tokens import LikelyTokens
 from asyncllm.constrain.protocol import NO_PATH, Path
 from asyncllm.constrain.spelling import Spelling
-from asyncllm.constrain.vocabulary import passes
 from asyncllm.errors import RequestError, ServerBusy, StartupError
 
 if TYPE_CHECKING:
@@ -30,7 +32,15 @@ if TYPE_CHECKING:
 Bits = NDArray[np.int32]
 
 MAX_KEPT: Final = 256
-MAX_KEPT_CHARS: Final = 16 << 20  # of grammars, as the library reads them
+MAX_KEPT_BYTES: Final = 1 << 30  # of kept grammars, at their largest
+MAX_TERMINAL_BYTES: Final = 128 << 20  # of what is known of terminals
+# What the library takes is not to be asked for. Measured with hostile grammars: each character of
+# one takes up to 100 bytes; a state that outputs lead to 1,150, and 7 for each terminal.
+CHAR_BYTES: Final = 100
+STATE_BYTES: Final = 1200
+TERMINAL_BYTES: Final = 8
+LEAST_STATES: Final = 3_000  # of a grammar; a text that it spells takes one for each character
+MAX_STATES_BYTES: Final = 64 << 20
 BYTES: Final = 256  # tokens after the vocabulary, of one byte each, for text that is not a token
 
 # What a token of an ambiguous grammar takes grows with the output, so that the first that takes
@@ -41,7 +51,7 @@ MAX_STEP_ITEMS: Final = 40_000  # its time grows with the square
 MAX_STEP_FUEL: Final = 1_000_000
 MAX_START_FUEL: Final = 250_000
 MAX_ROW_ITEMS: Final = 20_000
-MAX_STATES: Final = 50_000
+MAX_STATES: Final = 50_000  # of a terminal by itself
 MAX_SIZE: Final = 500_000
 MAX_TRANSLATE_S: Final = 1.0  # of CPU time
 
@@ -65,6 +75,10 @@ _USED_UP: Final = re.compile(r"too many (states|expressions)")
 
 class TooSlow(RequestError):
     """A grammar is so ambiguous that following one output would hold up all others."""
+
+
+class StatesUsedUp(TooSlow):
+    """Nobody can go on with the states that matchers of a grammar share: see ``Matcher``."""
 
 
 class GrammarEngine:
@@ -108,20 +122,11 @@ class GrammarEngine:
         self._all = np.packbits(known, bitorder="little").view(np.int32)
         known[ends] = 0
         self._others = np.packbits(known, bitorder="little").view(np.int32)
-        self._limits = self._lib.LLParserLimits(
-            max_items_in_row=MAX_ROW_ITEMS,
-            initial_lexer_fuel=MAX_START_FUEL,
-            step_lexer_fuel=MAX_STEP_FUEL,
-            step_max_items=MAX_STEP_ITEMS,
-            max_lexer_states=MAX_STATES,
-            max_grammar_size=MAX_SIZE,
-            verbose_errors=False,
-        )
         self._spelling = Spelling(encode, self._call_texts)
         self._letters = self._tokenizer([], [])
         self._terminals: dict[str, LLMatcher | None] = {}
+        self._terminal_bytes = 0
         self._kept: OrderedDict[tuple[str, str], CompiledGrammar] = OrderedDict()
-        self._kept_chars = 0
 
     def _tokenizer(self, texts: list[bytes], ends: list[int]) -> LLTokenizer:
         told = self._lib.TokenizerWrapper(_TokenizerAdapter(texts, ends))
@@ -129,7 +134,7 @@ class GrammarEngine:
         return made
 
     def __contains__(self, key: tuple[str, str]) -> bool:
-        return key in self._kept and not self._kept[key].is_full
+        return key in self._kept
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -146,10 +151,11 @@ class GrammarEngine:
         except RecursionError:
             raise RequestError(f"{NAMES[kind]}: references are nested too deeply") from None
         tokens = self._call_tokens if kind == "calls" else self._tokens
-        matcher = self._matcher(tokens, grammar)
-        if matcher.is_error():
-            raise _refusal(kind, matcher.get_error())
-        compiled = CompiledGrammar(matcher, len(grammar))
+        states, num_bytes = _size(grammar)
+        make = partial(self._matcher, tokens, grammar, states)
+        compiled = CompiledGrammar(make, num_bytes)
+        if compiled.matcher.is_error():
+            raise _refusal(kind, compiled.matcher.get_error())
         try:
             self._follow(compiled).start()
         except TooSlow as error:
@@ -158,10 +164,19 @@ class GrammarEngine:
             raise RequestError(f"{NAMES[kind]}: no text at all can match") from error
         return compiled
 
-    def _matcher(self, tokens: LLTokenizer, grammar: str) -> LLMatcher:
+    def _matcher(self, tokens: LLTokenizer, grammar: str, max_states: int) -> LLMatcher:
+        limits = self._lib.LLParserLimits(
+            max_items_in_row=MAX_ROW_ITEMS,
+            initial_lexer_fuel=MAX_START_FUEL,
+            step_lexer_fuel=MAX_STEP_FUEL,
+            step_max_items=MAX_STEP_ITEMS,
+            max_lexer_states=max_states,
+            max_grammar_size=MAX_SIZE,
+            verbose_errors=False,
+        )
         # every way to spell a forced text in tokens may come: the model knows which is usual
         told = f'%llguidance {{"no_forcing": true}}\n{grammar}'
-        made: LLMatcher = self._lib.LLMatcher(tokens, told, log_level=0, limits=self._limits)
+        made: LLMatcher = self._lib.LLMatcher(tokens, told, log_level=0, limits=limits)
         return made
 
     def _translate(self, kind: str, text: str) -> str:
@@ -205,12 +220,14 @@ class GrammarEngine:
         """At the beginning of a terminal; None: it matches nothing. Raises RequestError."""
         known = self._terminals  # other threads may put another in its place
         if terminal not in known:
-            matcher = self._matcher(self._letters, f"start: A\nA: {terminal}")
+            matcher = self._matcher(self._letters, f"start: A\nA: {terminal}", MAX_STATES)
             if matcher.is_error():
                 raise _refusal("schema", matcher.get_error())
             matcher.compute_bitmask()
-            if len(known) > MAX_KEPT:
-                known = self._terminals = {}
+            self._terminal_bytes += len(terminal) * CHAR_BYTES
+            if len(known) > MAX_KEPT or self._terminal_bytes > MAX_TERMINAL_BYTES:
+                known, self._terminal_bytes = {}, 0
+                self._terminals = known
             known[terminal] = None if matcher.is_error() else matcher
         return known[terminal]
 
@@ -219,6 +236,7 @@ class GrammarEngine:
             return False
         matcher = start.deep_copy()
         data = text.encode(errors="surrogatepass")
+        self._terminal_bytes += len(data) * STATE_BYTES  # which stay, for the terminal's next text
         fits = matcher.try_consume_tokens(list(data)) == len(data) and matcher.is_accepting()
         if matcher.is_error():  # a limit, so that nothing is known, nor can be with this matcher
             self._terminals.pop(terminal, None)
@@ -226,18 +244,14 @@ class GrammarEngine:
         return fits
 
     def keep(self, kind: str, text: str, compiled: CompiledGrammar) -> None:
-        """Remember; the one not used for longest goes when there are too many."""
-        if (kind, text) in self:
-            return
-        for full in [key for key, each in self._kept.items() if each.is_full]:
-            self._kept_chars -= self._kept.pop(full).chars
-        self._kept[kind, text] = compiled
-        self._kept_chars += compiled.chars
-        while len(self._kept) > MAX_KEPT or (
-            self._kept_chars > MAX_KEPT_CHARS and len(self._kept) > 1
-        ):
-            _, gone = self._kept.popitem(last=False)
-            self._kept_chars -= gone.chars
+        """Remember. Those not used for longest go where there are too many, or they may take too
+        much memory; outputs that follow one go on."""
+        kept = self._kept
+        kept.setdefault((kind, text), compiled)
+        taken = sum(each.num_bytes for each in kept.values())
+        while len(kept) > 1 and (len(kept) > MAX_KEPT or taken > MAX_KEPT_BYTES):
+            _, gone = kept.popitem(last=False)
+            taken -= gone.num_bytes
 
     def constrain(self, kind: str, text: str) -> Matcher:
         """A fresh constraint of a kept grammar.
@@ -245,7 +259,7 @@ class GrammarEngine:
         Raises:
             ServerBusy: it has been forgotten since it was compiled.
         """
-        if (compiled := self._kept.get((kind, text))) is None or compiled.is_full:
+        if (compiled := self._kept.get((kind, text))) is None:
             raise ServerBusy("the compiled grammar had to make room for others, try again")
         self._kept.move_to_end((kind, text))
         return self._follow(compiled)
@@ -258,22 +272,24 @@ class CompiledGrammar:
     """A grammar, and the library's matcher at its beginning.
 
     Args:
-        chars: its length, as the library reads it.
+        make: compiles it.
+        num_bytes: of memory that it takes at most, about.
 
     Attributes:
-        is_full: all who follow it share the states that outputs have led to, and one output has
-            led to more than there may be, or to one that takes too much work; it must be compiled
-            again.
+        matcher: all copies of one share the states that outputs have led to.
     """
 
-    __slots__ = ("chars", "is_full", "matcher")
+    __slots__ = ("make", "matcher", "num_bytes")
 
-    def __init__(self, matcher: LLMatcher, chars: int) -> None:
-        self.matcher, self.chars, self.is_full = matcher, chars, False
+    def __init__(self, make: Callable[[], LLMatcher], num_bytes: int) -> None:
+        self.make, self.matcher, self.num_bytes = make, make(), num_bytes
 
 
 class Matcher:
     """Follows one output; a :class:`asyncllm.constrain.protocol.Constraint`.
+
+    Where one output has led to more states than there may be, or to one that takes too much work,
+    none that shares them can go on. Then each follows its tokens again, with other states.
 
     Args:
         grammar: its matcher stays at the beginning; its tokens are the vocabulary and 256 bytes.
@@ -288,7 +304,9 @@ class Matcher:
         self, grammar: CompiledGrammar, every: Bits, others: Bits, spelling: Spelling
     ) -> None:
         self._grammar, self._every, self._others = grammar, every, others
-        self._matcher = grammar.matcher.deep_copy()
+        self._beginning = grammar.matcher
+        self._matcher = self._beginning.deep_copy()
+        self._said = array("i")
         self._spelling = spelling
         self._mask = b""
         self._ahead: _Ahead | None = None
@@ -299,7 +317,7 @@ class Matcher:
         return self._ahead is None or not self._ahead.foresees(token)
 
     def start(self) -> None:
-        self._fill(thread_time())
+        self._advance()
 
     def mask(self) -> bytes:
         return self._mask
@@ -313,15 +331,20 @@ class Matcher:
 
     def restart(self) -> None:
         """Follow another output, from its beginning."""
-        self._matcher = self._grammar.matcher.deep_copy()  # one that has failed is not to be reset
-        self._ahead = None
-        self._fill(thread_time())
+        self._beginning = self._grammar.matcher
+        self._matcher = self._beginning.deep_copy()  # one that has failed is not to be reset
+        self._ahead, self._said = None, array("i")
+        self._advance()
 
     def begin(self, text: bytes) -> bool:
         """Advance by ``text``. False: the output cannot continue with it."""
         first = len(self._spelling.pieces)
-        told = self._matcher.consume_tokens([first + byte for byte in text])
-        return told and not self._fill(thread_time())
+        try:
+            return not self._advance(*(first + byte for byte in text))
+        except TooSlow:
+            raise
+        except RequestError:
+            return False
 
     def accept(self, token: int) -> bool:
         if (ahead := self._ahead) is not None:
@@ -330,24 +353,20 @@ class Matcher:
                 self._right = self._right * FADE + right
                 self._tried = self._tried * FADE + 1
             if right:
+                self._said.append(token)
                 self._mask = ahead.pop()
                 return False
             self._ahead, self._matcher = None, ahead.here()
-        begun = thread_time()
-        if not self._matcher.consume_token(token):
-            raise self._too_slow(self._matcher) or RequestError(
-                f"token {token} does not continue the output as its grammar wants"
-            )
-        return self._matcher.is_stopped() or self._fill(begun)
+        return self._advance(token)
 
     def look_ahead(self, guess: Path, most: int) -> None:
         if self._worked_s > QUICK_S or self._ahead is not None:
             return
         begun, mask, chance = thread_time(), self._mask, 1.0
         ahead = _Ahead(self._matcher)
-        likely = _Likely(guess, self._spelling, self._right / self._tried)
+        likely = LikelyTokens(guess, self._spelling, self._right / self._tried)
         while len(ahead.path.tokens) < most and thread_time() - begun < AHEAD_S:
-            if (found := likely.next(ahead.matcher, mask)) is None:
+            if (found := likely.next(mask, ahead.matcher.compute_ff_bytes)) is None:
                 break
             token, rate, forced = found
             chance *= rate
@@ -373,12 +392,48 @@ class Matcher:
     def path(self) -> Path:
         return NO_PATH if self._ahead is None else self._ahead.rest
 
-    def _fill(self, begun: float) -> bool:
-        """The mask of the next token. True: no token but an end can come, and one may."""
+    def _advance(self, *tokens: int) -> bool:
+        """Follow ``tokens``, and make the next mask. True: no token but an end can come, and one
+        may."""
+        begun = thread_time()
+        self._said.extend(tokens)
+        try:
+            whole = self._take(*tokens)
+            self._worked_s = thread_time() - begun
+            if self._worked_s > MAX_STEP_S * max(len(tokens), 1):
+                raise TooSlow(TOO_SLOW)
+        except StatesUsedUp:
+            whole = self._anew()
+            self._worked_s = thread_time() - begun
+        return whole
+
+    def _anew(self) -> bool:
+        """As :meth:`_advance`, after all tokens so far: with the states that the grammar has got in
+        the meantime, else with new ones, which it gets if they suffice."""
+        grammar = self._grammar
+        while True:
+            known = grammar.matcher
+            fresh = grammar.make() if known is self._beginning else known
+            self._beginning, self._matcher = fresh, fresh.deep_copy()
+            try:
+                whole = self._take(*self._said)
+            except StatesUsedUp:
+                if fresh is not known:
+                    raise
+                continue
+            if fresh is not known:
+                grammar.matcher = fresh
+            return whole
+
+    def _take(self, *tokens: int) -> bool:
+        """Whether nothing but an end may come after ``tokens``; else makes the mask."""
+        if tokens and not self._matcher.consume_tokens([*tokens]):
+            raise self._too_slow(self._matcher) or RequestError(
+                f"token {tokens[-1]} does not continue the output as its grammar wants"
+            )
+        if tokens and self._matcher.is_stopped():
+            return True
         self._mask, whole = self._allowed(self._matcher)
-        self._worked_s = thread_time() - begun
-        if self._worked_s > MAX_STEP_S:
-            raise TooSlow(TOO_SLOW)
         return whole
 
     def _allowed(self, matcher: LLMatcher) -> tuple[bytes, bool]:
@@ -395,8 +450,10 @@ class Matcher:
     def _too_slow(self, matcher: LLMatcher) -> TooSlow | None:
         """The reason why a matcher failed, if that is unbounded work."""
         reason, error = matcher.stop_reason(), matcher.get_error()
-        if _USED_UP.search(error):
-            self._grammar.is_full = True
+        shared = self._beginning.deep_copy()  # a token that leads to a state too many "fails parse"
+        shared.compute_bitmask()
+        if _USED_UP.search(f"{error} {shared.get_error()}"):
+            return StatesUsedUp(TOO_SLOW)
         if reason in ("ParserTooComplex", "LexerTooComplex") or _LIMIT.search(error):
             return TooSlow(TOO_SLOW)
         return None
@@ -466,46 +523,6 @@ class _Ahead:
         return self._before
 
 
-class _Likely:
-    """Which token is likely to come next: the one guessed if it is allowed, else the first of what
-    the grammar forces.
-
-    Args:
-        rate: how often forced text is spelled as by the tokenizer.
-
-    Attributes:
-        num_guessed: how many tokens were the guessed ones: the first.
-    """
-
-    def __init__(self, guess: Path, spelling: Spelling, rate: float) -> None:
-        self._guess, self._spelling, self._rate = guess, spelling, rate
-        self.num_guessed, self._chance = 0, 1.0
-        self._text = b""  # forced
-        self._spelled: list[int] = []  # tokens of it
-
-    def next(self, matcher: LLMatcher, mask: bytes) -> tuple[int, float, bool] | None:
-        """The token after those before, how likely it is after them, and whether its text is
-        forced; None: not known."""
-        if not self._text:
-            self._text, self._spelled = matcher.compute_ff_bytes(), []
-        guess, at, rate = self._guess, self.num_guessed, 0.0
-        if at < len(guess.tokens) and passes(mask, guess.tokens[at]):
-            token, chance = guess.tokens[at], guess.chances[at]
-            rate = chance / self._chance if chance else 0.0  # what never came fades to 0
-            self.num_guessed, self._chance = at + 1, chance
-        else:
-            self._guess = NO_PATH
-            self._spelled = self._spelled or self._spelling.of(self._text)[:]
-            if not self._spelled or not passes(mask, self._spelled[0]):
-                return None
-            token = self._spelled[0]
-        forced = bool(self._text)
-        piece = self._spelling.pieces[token]
-        self._spelled = self._spelled[1:] if self._spelled[:1] == [token] else []
-        self._text = self._text[len(piece) :] if self._text.startswith(piece) else b""
-        return token, max(rate, self._rate) if forced else rate, forced
-
-
 class _TokenizerAdapter:
     """What the library asks of a tokenizer. It never has to split a text."""
 
@@ -535,6 +552,13 @@ def choices(texts: Iterable[str]) -> str:
     """The engine's grammar of one of ``texts``."""
     made = "|".join(regex.raw(regex.literal(text)) for text in texts)
     return f"start: A\nA: /{made}/"
+
+
+def _size(grammar: str) -> tuple[int, int]:
+    """How many states outputs may lead to, and the bytes of memory that it then takes."""
+    state = STATE_BYTES + TERMINAL_BYTES * grammar.count("\nT")  # each in a line of its own
+    states = min(LEAST_STATES + len(grammar), MAX_STATES_BYTES // state)
+    return states, len(grammar) * CHAR_BYTES + states * state
 
 
 def _refusal(kind: str, error: str) -> RequestError:

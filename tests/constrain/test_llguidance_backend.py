@@ -321,25 +321,37 @@ def test_parameters_that_cannot_be_enforced_are_refused(grammars: GrammarEngine)
         grammars.build("calls", call_forms("hermes", [unique]))
 
 
-def test_a_grammar_whose_states_are_used_up_is_compiled_again(monkeypatch: Any) -> None:
-    """Those who follow a grammar share them: one long output would leave none for the next ones."""
-    monkeypatch.setattr(engine, "MAX_STATES", 400)
+def test_outputs_go_on_where_the_states_that_they_share_are_used_up(monkeypatch: Any) -> None:
+    """Each of these takes 300 of them."""
+    monkeypatch.setattr(engine, "LEAST_STATES", 350)
+    grammars = walks.byte_grammars()
+    key = "regex", "|".join(f"({char}x){{0,150}}!" for char in "abcd")
+    rows = [walks.matcher(grammars, *key) for _ in "abcd"]
+    first = grammars.constrain(*key)._beginning
+    for _ in range(149):
+        for at, char in zip(rows, b"abcd", strict=True):
+            assert not at.accept(char)
+            assert not at.accept(ord("x"))
+            assert set(walks.allowed(at)) == {char, ord("!")}
+    assert [at.accept(ord("!")) for at in rows] == [True] * 4
+    assert grammars.constrain(*key)._beginning is not first, "they have been used up"
+    assert walks.takes(grammars.constrain(*key), "axax!")
+
+
+def test_an_output_that_takes_more_states_than_there_are_ends_alone(monkeypatch: Any) -> None:
+    monkeypatch.setattr(engine, "LEAST_STATES", 350)
     grammars = walks.byte_grammars()
     key = "schema", '{"type": "string", "pattern": "^(ab|c){0,2000}$"}'
-    at = walks.matcher(grammars, *key)
+    at, beside = (walks.matcher(grammars, *key) for _ in range(2))
     with pytest.raises(TooSlow):
         list(map(at.accept, b'"' + b"ab" * 1000))
-    assert key not in grammars
-    walks.matcher(grammars, "regex", "a")
-    assert len(grammars) == 1, "what takes much memory is not kept"
-    assert walks.takes(walks.matcher(grammars, *key), '"abc"')
-    assert key in grammars
+    assert not any(map(beside.accept, b'"abc'))
+    assert beside.accept(ord('"'))
+    assert walks.takes(grammars.constrain(*key), '"abc"')
 
 
-def test_a_grammar_with_an_output_that_takes_too_much_work_is_compiled_again(
-    monkeypatch: Any,
-) -> None:
-    """That limit, too, is one of what all who follow it share."""
+def test_an_output_that_takes_too_much_work_ends_alone(monkeypatch: Any) -> None:
+    """That limit, too, is one of what all who follow a grammar share."""
     monkeypatch.setattr(engine, "MAX_STEP_FUEL", 50_000)
     grammars = walks.byte_grammars()
     pattern = r"^(?=.*[A-Z])(?=.*\d)(?!.*password).{8,20}$"
@@ -347,10 +359,48 @@ def test_a_grammar_with_an_output_that_takes_too_much_work_is_compiled_again(
     at, beside = (walks.matcher(grammars, *key) for _ in range(2))
     with pytest.raises(TooSlow):
         list(map(at.accept, b'"Apassword'))
-    assert key not in grammars
-    with pytest.raises(TooSlow):
-        list(map(beside.accept, b'"Abcdefg1'))
-    assert walks.takes(walks.matcher(grammars, *key), '"Abcdefg1"')
+    assert not any(map(beside.accept, b'"Abcdefg1'))
+    assert walks.takes(grammars.constrain(*key), '"Abcdefg1"')
+
+
+def test_calls_go_on_where_states_are_used_up(monkeypatch: Any) -> None:
+    monkeypatch.setattr(engine, "LEAST_STATES", 350)
+    grammars = walks.byte_grammars()
+    key = "regex", "|".join(f"({char}x){{0,150}}!" for char in "abcd")
+    at, other = (walks.matcher(grammars, *key) for _ in range(2))
+    for char in b"abcd":
+        other.restart()
+        list(map(other.accept, bytes([char, ord("x")]) * 140))
+    at.restart()
+    assert at.begin(b"ax" * 140)
+    assert not at.accept(ord("a"))
+    at.restart()
+    assert not at.begin(b"ay")
+
+
+def test_the_memory_of_kept_grammars_is_bounded(monkeypatch: Any) -> None:
+    grammars = walks.byte_grammars()
+    large = "regex", "([a-z]{3,9}|x[a-y]+z){1,5000}" + "a" * 10_000
+    keys = [large, ("regex", "a"), ("regex", "b")]
+    running, *_ = [walks.matcher(grammars, *key) for key in keys]
+    taken = [grammars._kept[key].num_bytes for key in keys]
+    assert taken[0] > 2 * taken[1]
+    monkeypatch.setattr(engine, "MAX_KEPT_BYTES", sum(taken))
+    walks.matcher(grammars, "regex", "c")
+    assert [key in grammars for key in keys] == [False, True, True], "the least used has gone"
+    assert not any(map(running.accept, b"abc")), "what is followed goes on"
+    monkeypatch.setattr(engine, "MAX_KEPT_BYTES", 0)
+    assert walks.takes(walks.matcher(grammars, "regex", "d"), "d")
+    assert len(grammars) == 1, "the newest is kept, whatever it takes"
+
+
+def test_what_is_known_of_terminals_is_bounded(monkeypatch: Any) -> None:
+    monkeypatch.setattr(engine, "MAX_TERMINAL_BYTES", 10 * engine.STATE_BYTES)
+    grammars = walks.byte_grammars()
+    schemas = ({"const": char * 11, "pattern": f"^{char}*$"} for char in "abcd")
+    for schema in schemas:
+        grammars.build("schema", json.dumps(schema))
+    assert len(grammars._terminals) < 4
 
 
 def test_what_is_known_of_terminals_outlives_a_value_that_takes_too_much(monkeypatch: Any) -> None:
