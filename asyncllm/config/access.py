@@ -18,7 +18,9 @@ from asyncllm.config.flag import (
 )
 
 CERTIFIED = Requirement("--ssl_certfile", lambda c: c.ssl_certfile is not None, vital=True)
-KEYLESS = Requirement("addresses, without API keys", lambda c: not (c.api_key or c.api_key_file))
+KEYLESS = Requirement(
+    "client addresses, without API keys", lambda c: not (c.api_key or c.api_key_file)
+)
 
 
 @dataclass(frozen=True, kw_only=True)

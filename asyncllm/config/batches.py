@@ -9,7 +9,7 @@ from asyncllm.config import roles
 from asyncllm.config.flag import Requirement, above_zero, at_least, between, flag, unit_interval
 
 CACHED = Requirement(
-    "the prompt cache, without --disable_dynamic_prompt_cache",
+    "the prefix cache, without --disable_dynamic_prompt_cache",
     lambda c: not c.disable_dynamic_prompt_cache,
 )
 GENERATES = Requirement("--run_mode normal or decode", lambda c: c.run_mode in roles.GENERATE)
@@ -36,12 +36,13 @@ class BatchOptions:
     )  # fmt: skip
     chunked_prefill_size: int | None = flag(
         None, check=at_least(1),
-        help="maximum new tokens per request and step, and per step while other requests decode; "
-        "default: 4096 on CUDA, 256 on CPU",
+        help="maximum new tokens of one request per step, and of the whole step while other "
+        "requests decode; default: 4096 on CUDA, 256 on CPU",
     )  # fmt: skip
     prefill_share: float = flag(
         1.0, check=lambda x: None if 0 < x <= 1 else "must be above 0 and at most 1",
-        help="share of a step's time that prompts may take while others decode; 1: no limit",
+        help="share of a step's time that prefill may take while other requests decode; 0.5: steps "
+        "may take twice as long as decode alone; 1: no limit",
     )  # fmt: skip
     running_max_req_size: int = flag(
         1000, check=between(1, 65536),
@@ -90,8 +91,8 @@ class BatchOptions:
     constraint_time_limit: float = flag(
         5.0, check=above_zero, metavar="SECONDS",
         help="CPU time that a request's constraint may use in total (to compute which tokens the "
-        "grammar allows next); a request that exceeds it ends with an error. Following a grammar "
-        "ahead for drafts does not count; it may take half as long besides",
+        "grammar allows next); a request that exceeds it ends with an error. Looking ahead in the "
+        "grammar for draft tokens has a separate limit of half of this",
     )  # fmt: skip
     tool_call_parser: str | None = flag(
         None, choices=tools.FORMATS,
@@ -106,14 +107,14 @@ class BatchOptions:
     disable_dynamic_prompt_cache: bool = flag(False, help="disable the prefix cache")
     disable_shared_prefix_attention: bool = flag(
         False, needs=CACHED,
-        help="let each running request read all of its KV; without it, decode steps on CUDA read a "
-        "prefix shared by several requests only once if that saves more than it costs",
+        help="let each running request read all of its K/V; without this option, decode steps on "
+        "CUDA read the K/V of a prefix shared by several requests once if that is faster",
     )  # fmt: skip
     diverse_mode: bool = flag(
         False, needs=CACHED,
         help="for requests with n above 1, compute the prompt only once: the other choices start "
-        "when the first one's prompt has been launched; without it, all start together and each "
-        "may compute the prompt",
+        "when the first one's prompt is in the prefix cache; without this option, all start "
+        "together and each may compute the prompt",
     )  # fmt: skip
     token_healing_mode: bool = flag(
         False,
@@ -122,9 +123,9 @@ class BatchOptions:
     )  # fmt: skip
     speculative: str = flag(
         "none", choices=("none", "ngram"), needs=GENERATES,
-        help="ngram: guess the next tokens of texts that repeat parts of themselves or of their "
-        "prompt (as when editing code), or that a grammar forces, and verify them together; "
-        "outputs do not change; drafts are only used when they pay off",
+        help="ngram: speculative decoding by n-gram lookup, without a draft model; draft tokens "
+        "come from earlier text of the same request (as when editing code) or from what a grammar "
+        "forces; outputs do not change; drafts are only used when they pay off",
     )  # fmt: skip
     speculative_tokens: int = flag(
         16, check=between(1, 64), needs=GUESSES,
@@ -132,6 +133,6 @@ class BatchOptions:
     )  # fmt: skip
     max_waiting: int = flag(
         1024, check=at_least(1),
-        help="maximum number of waiting requests; more are answered 429, and so are those of one "
-        "client (API key, else address) beyond half of them while others wait",
+        help="maximum number of waiting requests; more are answered 429. While other clients wait, "
+        "one client (API key, else address) may only have half of them",
     )  # fmt: skip

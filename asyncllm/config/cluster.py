@@ -74,7 +74,7 @@ class SeparationOptions:
     )  # fmt: skip
     pd_kv_page_size: int = flag(
         2048, check=between(1, 65536), needs=PD_NODE,
-        help="tokens per page; fewer take less memory and use less of a fast link",
+        help="tokens per page; smaller pages take less memory and are slower over a fast link",
     )  # fmt: skip
     config_server_host: str | None = flag(
         None, check=not_empty, needs=PD_MODES,
@@ -149,9 +149,9 @@ class ParallelOptions:
     )  # fmt: skip
     use_config_server_to_init_nccl: bool = flag(
         False, needs=RANKS,
-        help="use a rendezvous at the config_server, which listens on --nccl_port for it; "
-        "--nccl_host must be --config_server_host. A port in use by another server is refused, "
-        "with that server's name",
+        help="put the torch.distributed rendezvous on the config_server, which then listens on "
+        "--nccl_port; --nccl_host must be --config_server_host. A port in use by another server is "
+        "refused, with that server's name",
     )  # fmt: skip
     enable_ep_moe: bool = flag(
         False, needs=RANKS,

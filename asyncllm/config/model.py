@@ -35,9 +35,9 @@ class ModelOptions:
     )  # fmt: skip
     control_tokens_in_content: str = flag(
         "text", choices=("text", "token"),
-        help="how to treat added tokens (such as those that begin a turn) spelled by users and "
-        "tools in a chat; text: encode them as plain text, so that nobody can forge a turn; "
-        "token: as these tokens, like other servers do",
+        help="how to encode special tokens (such as those that begin a turn) in the content of "
+        "users and tools in a chat; text: as plain text, so that nobody can forge a turn; token: "
+        "as these tokens, like other servers",
     )  # fmt: skip
     load_way: str = flag(
         "HF", choices=("HF", "DS"),
@@ -70,9 +70,9 @@ class AttentionOptions:
         (), nargs="+", metavar="MODE", choices=(*FORMATS, *DECODE_KERNELS),
         help="a K/V format, a decode kernel, or both; triton_int8kv: int8, one scale per token and "
         "head; ppl_int8kv: int8, one scale per 8 channels; triton_fp8kv: fp8 (e4m3), one scale per "
-        "token and head; ppl_fp16: one pass over 16-bit K/V, the only kernel that does not read "
-        "8-bit K/V; triton_flashdecoding: splits the keys of a row; triton_gqa_attention: "
-        "processes the query heads of a KV head together; triton_gqa_flashdecoding: both. Default: "
+        "token and head; ppl_fp16: a kernel for 16-bit K/V only, which does not split the keys of "
+        "a request; triton_flashdecoding: splits them; triton_gqa_attention: processes the query "
+        "heads of a KV head together; triton_gqa_flashdecoding: both. Default: "
         "K/V in the type of --data_type, or as the checkpoint's kv_cache_scheme says, and the "
         "fastest kernel (LightLLM has dropped this option)",
     )  # fmt: skip

@@ -80,7 +80,8 @@ class OperationOptions:
     )  # fmt: skip
     step_timeout: float = flag(
         120.0, check=above_zero, metavar="SECONDS",
-        help="a step that takes longer counts as a hang: stacks are dumped, exit code 70",
+        help="a step that takes longer counts as a hang: the server logs all stacks and ends with "
+        "exit code 70",
     )  # fmt: skip
     dead_after: float = flag(
         10.0, check=at_least(0.5), metavar="SECONDS",
