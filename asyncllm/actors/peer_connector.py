@@ -8,6 +8,7 @@ import logging
 import ssl
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from functools import cache
 
 import aiohttp
 
@@ -114,15 +115,22 @@ class PeerConnector:
         return True
 
 
+@cache
+def _unchecked() -> ssl.SSLContext:
+    """TLS without checks, and so without the machine's certificates: reading these would hold the
+    loop for 25 ms at every attempt."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
 async def _ask(url: str) -> int:
     """The port that ``/cluster`` returns. Raises ClientError, TimeoutError, OSError, ValueError or
     KeyError."""
-    unchecked = ssl.create_default_context()
-    unchecked.check_hostname, unchecked.verify_mode = False, ssl.CERT_NONE
     timeout = aiohttp.ClientTimeout(total=ASK_S)
     async with (
         aiohttp.ClientSession(timeout=timeout) as session,
-        session.get(url, ssl=unchecked, allow_redirects=False) as reply,
+        session.get(url, ssl=_unchecked(), allow_redirects=False) as reply,
     ):
         told = json.loads(await reply.content.read(MOST_ANSWER))
         port = told["port"] if isinstance(told, dict) else 0
