@@ -369,7 +369,7 @@ def test_the_format_of_the_checkpoint_counts_where_none_is_asked_for() -> None:
         ("use_config_server_to_init_nccl", True, "--tp above 1"),
         ("disable_symm_mem_allreduce", True, "--tp above 1"),
         ("enable_ep_moe", True, "--tp above 1"),
-        ("diverse_mode", True, "the prompt cache"),
+        ("diverse_mode", True, "the prefix cache"),
         ("speculative_tokens", 4, "--speculative ngram"),
         ("trust_forwarded_for", ("10.0.0.1",), "without API keys"),
     ],
