@@ -400,7 +400,7 @@ class Frontend(Actor[Inbox]):
     def _broken(self, exchange: Exchange) -> None:
         """End a request whose answer could not be rendered; call where that is caught."""
         log.exception("request %s: rendering its answer failed", exchange.answer.id)
-        self._fail(exchange, RequestFault())
+        self._fail(exchange, RequestFault(), broken=True)
 
     def _accepted(self, exchange: Exchange, choice: Choice, msg: Accepted) -> None:
         exchange.answer.accept(choice.prompt_idx, msg.prompt, msg.thoughts, msg.cut)
@@ -475,14 +475,19 @@ class Frontend(Actor[Inbox]):
                 exchange.cancelled = True
                 self._tell_abort(exchange)
 
-    def _fail(self, exchange: Exchange, error: RequestError) -> None:
-        """End a request with an error: plain before the headers, an event after them."""
+    def _fail(self, exchange: Exchange, error: RequestError, *, broken: bool = False) -> None:
+        """End a request with an error: plain before the headers, the last event after them.
+
+        Args:
+            broken: what its reply holds back cannot be rendered either.
+        """
         if exchange.ended:
             return
         exchange.error = error
         self._abort(exchange)
         if exchange.committed:
-            self._render(exchange, exchange.reply.error(error))
+            held = b"" if broken or exchange.aside else exchange.reply.flush_held()
+            self._render(exchange, held + exchange.reply.error(error))
         exchange.end()
 
     def _abort(self, exchange: Exchange) -> None:
@@ -562,7 +567,8 @@ class Frontend(Actor[Inbox]):
         pipe = exchange.pipe
         if pipe is None or pipe.gone:
             return  # before the headers: stream() comes back; gone: the handler is being cancelled
-        if not exchange.aside and (held := exchange.reply.flush_held()):
+        holds = not exchange.aside and exchange.error is None
+        if holds and (held := exchange.reply.flush_held()):
             exchange.pending.append(held)
         if pending := exchange.pending:
             data = pending[0] if len(pending) == 1 else b"".join(pending)

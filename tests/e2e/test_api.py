@@ -575,6 +575,24 @@ async def test_headers_come_before_the_first_token(server: Server) -> None:
 
 
 @live()
+async def test_a_token_that_comes_with_a_failure_is_told_before_it(server: Server) -> None:
+    server.model.holds = True
+    post = asyncio.create_task(
+        server.http.post(server.url + "/generate_stream", json={"inputs": "x"})
+    )
+    await server.model.until(lambda: bool(server.model.asked))
+    (asked,) = server.model.asked
+    server.model.accept(asked)
+    async with await post as response:
+        server.model.delta(asked.rids[0], [97], asked.params)
+        server.model.fail(asked.rids[0], "it broke", "", 500)
+        events = (await response.text()).split("\n\n")[:-1]
+    token, error = (json.loads(event.removeprefix("data:")) for event in events)
+    assert (token["token"]["text"], token["finished"]) == ("a", False)
+    assert error["error"]["message"] == "it broke"
+
+
+@live()
 async def test_tokens_before_the_other_prompts_acceptance_are_kept(server: Server) -> None:
     server.model.holds = True
     body = {"prompt": ["a", "b"], "stream": True, "echo": True, "max_tokens": 2}
