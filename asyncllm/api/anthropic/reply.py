@@ -12,7 +12,6 @@ from asyncllm.api.common import sse
 from asyncllm.api.common.answer import Answer, Choice
 from asyncllm.api.common.content_blocks import ContentBlock, ContentBlockReply
 from asyncllm.api.parsing.events import CallStart, Content, Reasoning
-from asyncllm.core.request import FinishReason
 from asyncllm.errors import RequestError
 from asyncllm.records import Overflow
 
@@ -164,8 +163,9 @@ class MessageReply(ContentBlockReply):
 
 
 def _reason(choice: Choice) -> tuple[str, str | None]:
-    """``stop_reason`` and ``stop_sequence``."""
-    if choice.reason is FinishReason.LENGTH:
+    """``stop_reason`` and ``stop_sequence``; there is none for an answer that was aborted, but one
+    for answers that are not whole."""
+    if choice.is_cut:
         return "max_tokens", None
     if choice.output is not None and choice.output.finish_reason("stop") == "tool_calls":
         return "tool_use", None

@@ -433,6 +433,7 @@ def test_a_stream_without_text_has_no_block() -> None:
     [
         (FinishReason.STOP, "", ("end_turn", None)),
         (FinishReason.LENGTH, "", ("max_tokens", None)),
+        (FinishReason.ABORT, "", ("max_tokens", None)),  # not end_turn: it is not whole
         (FinishReason.STOP, "###", ("stop_sequence", "###")),
     ],
 )
