@@ -34,7 +34,7 @@ from asyncllm.actors.http import HttpRoutes
 from asyncllm.actors.queries import Queries
 from asyncllm.api.common.answer import Answer, Choice, Reply, Vocab
 from asyncllm.api.common.errors import Cancelled, NotServing, from_failure
-from asyncllm.api.common.request import GenerationRequest, ServedModel
+from asyncllm.api.common.request import GenerationRequest, Prompt, ServedModel
 from asyncllm.api.common.validation import MAX_SEED
 from asyncllm.core.admission import Admission
 from asyncllm.core.metrics import REFUSED
@@ -299,14 +299,8 @@ class Frontend(Actor[Inbox]):
         """When a refused client may retry: once the currently waiting requests have been served."""
         return self._admission.retry_after_s()
 
-    async def num_tokens(
-        self, text: str, add_special_tokens: bool, chat: bytes | None = None, client: int = 0
-    ) -> int:
-        """Number of tokens of a text or a chat's prompt; raises as :meth:`token_ids`."""
-        return len(await self.token_ids(text, add_special_tokens, chat, client))
-
     async def token_ids(
-        self, text: str, add_special_tokens: bool, chat: bytes | None = None, client: int = 0
+        self, prompt: Prompt, *, add_special_tokens: bool = False, client: int = 0
     ) -> array[int]:
         """Tokens of a text, or of a chat's prompt.
 
@@ -316,6 +310,7 @@ class Frontend(Actor[Inbox]):
         """
         query = self._queries.new()
         try:
+            text, chat = prompt.text or "", prompt.chat
             self._tokenizer.tell(
                 CountTokens(query, text, add_special_tokens, chat=chat, client=client)
             )
@@ -326,7 +321,7 @@ class Frontend(Actor[Inbox]):
         assert isinstance(counted, TokensCounted), counted
         if counted.failure is not None:
             error = from_failure(counted.failure)
-            error.param = "text" if chat is None else "messages"
+            error.param = "text" if prompt.chat is None else "messages"
             raise error
         return counted.ids
 

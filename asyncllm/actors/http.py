@@ -27,7 +27,7 @@ from asyncllm.api.anthropic import request as anthropic
 from asyncllm.api.anthropic.reply import MessageReply
 from asyncllm.api.common import errors, json_body, sse, validation
 from asyncllm.api.common.answer import Answer, Reply
-from asyncllm.api.common.request import GenerationRequest
+from asyncllm.api.common.request import GenerationRequest, Prompt
 from asyncllm.api.lightllm import request as lightllm
 from asyncllm.api.lightllm.reply import NativeReply
 from asyncllm.api.openai import request as openai
@@ -179,7 +179,7 @@ class HttpRoutes:
         """SageMaker's only path: a chat or a completion, depending on the body."""
         served = self._front.served
 
-        def parse(body: validation.Body) -> tuple[GenerationRequest, Callable[[Answer], Reply]]:
+        def parse(body: validation.Body) -> Parsed:
             if body.get("messages") is not None:
                 return openai.chat(body, served), chat_reply
             return openai.completion(body, served), CompletionReply
@@ -286,16 +286,20 @@ class HttpRoutes:
 
     async def _tokens(self, request: web.Request) -> web.StreamResponse:
         text, add_special_tokens = lightllm.tokens(await self._body(request))
-        count = await self._front.num_tokens(text, add_special_tokens, client=request[CLIENT])
-        return _json(sse.body({"ntokens": count}))
+        ids = await self._front.token_ids(
+            Prompt(text=text), add_special_tokens=add_special_tokens, client=request[CLIENT]
+        )
+        return _json(sse.body({"ntokens": len(ids)}))
 
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:
         served = self._front.served
-        text, special, chat, wants = tokenize.tokenize(await self._body(request), served)
-        ids = await self._front.token_ids(text, special, chat, request[CLIENT])
+        asked = tokenize.tokenize(await self._body(request), served)
+        ids = await self._front.token_ids(
+            asked.prompt, add_special_tokens=asked.add_special_tokens, client=request[CLIENT]
+        )
 
         def answer() -> bytes:
-            texts = self._front.vocab.spell(ids) if wants else None
+            texts = self._front.vocab.spell(ids) if asked.with_texts else None
             return sse.body(tokenize.tokenized(ids, texts, served))
 
         return _json(await asyncio.to_thread(answer))
@@ -309,8 +313,8 @@ class HttpRoutes:
 
     async def _count_tokens(self, request: web.Request) -> web.StreamResponse:
         chat = anthropic.count(await self._body(request), self._front.served)
-        count = await self._front.num_tokens("", False, chat, request[CLIENT])
-        return _json(sse.body({"input_tokens": count}))
+        ids = await self._front.token_ids(Prompt(chat=chat), client=request[CLIENT])
+        return _json(sse.body({"input_tokens": len(ids)}))
 
     async def _response(self, request: web.Request) -> web.StreamResponse:
         return _json(self._store.body(request.match_info["id"]))
@@ -359,13 +363,13 @@ class HttpRoutes:
         return _json(b'{"status":"ok"}')
 
     async def _readiness(self, request: web.Request) -> web.StreamResponse:
-        return self._told("status", "ok", "not ready", self._front.ready)
+        return self._health_answer("status", "ok", "not ready", self._front.ready)
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
         front = self._front
-        return self._told("message", "Ok", "Error", front.serving and not front.draining)
+        return self._health_answer("message", "Ok", "Error", front.serving and not front.draining)
 
-    def _told(self, name: str, good: str, bad: str, ok: bool) -> web.Response:
+    def _health_answer(self, name: str, good: str, bad: str, ok: bool) -> web.Response:
         """The health status, with the lost groups, if any."""
         body: JsonObject = {name: good if ok else bad}
         if lost := self._front.lost_groups:

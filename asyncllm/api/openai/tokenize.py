@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationInfo
 
-from asyncllm.api.common.request import ModelName, ServedModel, served_by
+from asyncllm.api.common.request import ModelName, Prompt, ServedModel, served_by
 from asyncllm.api.common.request_model import (
     Checked,
     Integer,
@@ -54,8 +55,17 @@ class DetokenizeRequest(RequestModel):
     )
 
 
-def tokenize(body: Body, served: ServedModel) -> tuple[str, bool, bytes | None, bool]:
-    """(text, whether special tokens are added, chat instead, whether texts are wanted).
+@dataclass(frozen=True, slots=True)
+class ToTokenize:
+    """What /tokenize is asked: a prompt, and whether the text of each token is wanted too."""
+
+    prompt: Prompt
+    add_special_tokens: bool
+    with_texts: bool
+
+
+def tokenize(body: Body, served: ServedModel) -> ToTokenize:
+    """A /tokenize body.
 
     Raises:
         RequestError: 400. ModelNotFound: 404.
@@ -64,13 +74,14 @@ def tokenize(body: Body, served: ServedModel) -> tuple[str, bool, bytes | None, 
     if (asked.prompt is None) == (asked.messages is None):
         reject("/tokenize takes a prompt, or messages", "prompt")
     if asked.prompt is not None:
-        return asked.prompt, asked.add_special_tokens, None, asked.return_token_strs
+        text = Prompt(text=asked.prompt)
+        return ToTokenize(text, asked.add_special_tokens, asked.return_token_strs)
     names = (
         "messages", "tools", "add_generation_prompt", "continue_final_message",
         "chat_template_kwargs",
     )  # fmt: skip
     chat = openai.chat({name: body[name] for name in names if name in body}, served)
-    return "", False, chat.prompts[0].chat, asked.return_token_strs
+    return ToTokenize(chat.prompts[0], False, asked.return_token_strs)
 
 
 def tokenized(ids: Sequence[int], texts: Sequence[str] | None, served: ServedModel) -> Any:
