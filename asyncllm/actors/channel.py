@@ -268,13 +268,13 @@ class Channel:
                 self._end(
                     dial.call,
                     "it is not wanted any more",
-                    PeerGoodbye("not wanted any more", False),
+                    PeerGoodbye("not wanted any more"),
                 )
 
     def drop(self, peer: int, why: str) -> None:
         """Disconnect a peer, telling it why."""
         if (link := self._peers.get(peer)) is not None:
-            self._end(link, why, PeerGoodbye(why, False))
+            self._end(link, why, PeerGoodbye(why))
 
     @property
     def peers(self) -> Mapping[int, PeerInfo]:
@@ -316,7 +316,7 @@ class Channel:
         if self._ctx.closed:
             return
         for link in [*self._peers.values()]:
-            self._say(link, PeerGoodbye("it stops", False))
+            self._say(link, PeerGoodbye("it stops"))
         for dial in self._dials.values():
             if dial.looking is not None:
                 dial.looking.cancel()
@@ -389,13 +389,11 @@ class Channel:
     def _foreign(self, link: _Link, complaint: str) -> None:
         if link.peer:
             log.warning("%s sends what is not possible: %s", link.info, complaint)
-            self._end(
-                link, f"it sends what is not possible: {complaint}", PeerGoodbye(complaint, False)
-            )
+            self._end(link, f"it sends what is not possible: {complaint}", PeerGoodbye(complaint))
             return
         self.foreign_frames += 1
         self._log.warning("frame of nobody that is known is dropped: %s", complaint)
-        self._say(link, PeerGoodbye(complaint, False))  # it may believe it is a peer
+        self._say(link, PeerGoodbye(complaint))  # it may believe it is a peer
 
     def _control(self, link: _Link, name: str, body: memoryview) -> None:
         if (theirs := name.removeprefix(CONTROL)) != protocol():
@@ -420,7 +418,7 @@ class Channel:
 
     def _refuse(self, link: _Link, what: str) -> None:
         self._log.warning("%s is not let in: %s", link.info if link.info.role else "one", what)
-        self._end(link, what, PeerGoodbye(what, True))
+        self._end(link, what, PeerGoodbye(what, refused=True))
 
     def _meet(self, link: _Link, info: PeerInfo) -> None:
         link.info = info
@@ -458,7 +456,7 @@ class Channel:
         try:
             link.box.push(frame)
         except OutboxFull as error:
-            self._end(link, f"it does not read: {error}", PeerGoodbye("does not read", False))
+            self._end(link, f"it does not read: {error}", PeerGoodbye("does not read"))
 
     def _end(self, link: _Link, why: str, bye: PeerGoodbye | None, refused: str = "") -> None:
         """End a connection, and the peer on it, if there was one."""
@@ -508,7 +506,7 @@ class Channel:
                 continue
             if (silent := now - link.heard) > self._limit_s:
                 why = f"it has been silent for {silent:.1f} s (--dead_after)"
-                self._end(link, why, PeerGoodbye(why, False))
+                self._end(link, why, PeerGoodbye(why))
         for where, dial in [*self._dials.items()]:
             self._look_at(where, dial, now)
         self._pump_soon()

@@ -49,7 +49,7 @@ class PeerGoodbye(Message):
     """Both directions, last: disconnects, or refuses the other end."""
 
     why: str
-    refused: bool
+    refused: bool = False
 
 
 @message(67)

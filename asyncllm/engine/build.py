@@ -126,7 +126,7 @@ def make_model(
     Raises:
         StartupError: the device's attention cannot run a layer.
     """
-    spec = within(spec, max_len)
+    spec = drop_idle_windows(spec, max_len)
     layers = [layer.on(shard_heads(layer, comm.size, comm.rank)) for layer in spec.layers]
     kind = TORCH_DTYPES[dtype]
     if device.type == "cuda" and (reason := kv.refuse(dtype)):
@@ -184,7 +184,7 @@ def _operators(
     return TorchOps(), TorchAttention(layers, TorchPairs(layers, dtype, fmt), max_len, where)
 
 
-def within(spec: ModelSpec, max_len: int) -> ModelSpec:
+def drop_idle_windows(spec: ModelSpec, max_len: int) -> ModelSpec:
     """``spec`` for sequences up to ``max_len``: windows that never fill up are dropped."""
     layers = (
         replace(layer, window=None) if layer.window and layer.window >= max_len else layer
@@ -308,7 +308,7 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
 
 def division_of(spec: ModelSpec, max_len: int, model: Model) -> SlotDivision:
     """How K/V memory is divided among the slot spaces that ``model`` needs."""
-    windows = [layer.window or 0 for layer in within(spec, max_len).layers]
+    windows = [layer.window or 0 for layer in drop_idle_windows(spec, max_len).layers]
     return SlotDivision(
         slot=model.site.attention.layout.bytes_per_slot(),
         window=Window(max(windows)) if any(windows) else None,

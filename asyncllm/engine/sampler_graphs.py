@@ -90,11 +90,14 @@ class SamplerGraphs(GraphSet[SamplerVariant, SampledTokens]):
         at = bisect_left(self._sizes, len(batch.lanes))
         if at == len(self._sizes) or batch.num_top > 0 or batch.changes:
             return None
-        if batch.penalties:
-            return SamplerVariant(self._sizes[at], False, True, True, batch.num_top == 0)
-        truncates = batch.truncates and not batch.all_greedy
+        penalized = bool(batch.penalties)
+        greedy = batch.all_greedy and not penalized
         return SamplerVariant(
-            self._sizes[at], batch.all_greedy, truncates, False, batch.num_top == 0
+            num_rows=self._sizes[at],
+            greedy=greedy,
+            truncates=penalized or (batch.truncates and not greedy),
+            penalized=penalized,
+            scored=batch.num_top == 0,
         )
 
     def end(

@@ -13,7 +13,7 @@ from asyncllm.server.cluster import cluster_port
 from asyncllm.server.launch import Boot
 from asyncllm.server.loading import (
     Loaded,
-    load_forms,
+    load_constrained_decoding,
     memory_plan,
     num_threads,
     rope_notes,
@@ -30,7 +30,7 @@ def check(boot: Boot, spec: ModelSpec, text: ModelTokenizer) -> None:
         StartupError: anything that a start would refuse before reading weights.
     """
     config = boot.config
-    load_forms(with_chats(Loaded(boot, spec, None, None, None, None, None), text))
+    load_constrained_decoding(with_chats(Loaded(boot, spec, None, None, None, None, None), text))
     resolved, about = boot.resolved, [f"model: {boot.model_dir}, {spec.architecture}"]
     serving = f"{config.httpserver_workers} for HTTP"
     if boot.topology.ranks:

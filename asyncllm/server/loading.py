@@ -235,11 +235,11 @@ def _load_requests(boot: Boot, spec: ModelSpec, text: ModelTokenizer | None) -> 
     if text is not None:
         loaded = with_chats(loaded, text)
     if leads or MASTER in boot.me.roles:
-        load_forms(loaded)
+        load_constrained_decoding(loaded)
     return loaded
 
 
-def load_forms(loaded: Loaded) -> None:
+def load_constrained_decoding(loaded: Loaded) -> None:
     """Load the constrained-decoding backend. Raises StartupError."""
     assert loaded.text is not None
     assert loaded.dialect is not None

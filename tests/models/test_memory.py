@@ -25,11 +25,11 @@ from asyncllm.engine.build import (
     MemoryPlan,
     Sizes,
     build_model,
+    drop_idle_windows,
     make_model,
     model_on_paper,
     plan_memory,
     warm_up,
-    within,
     work_bytes,
 )
 from asyncllm.engine.device import CpuDevice
@@ -399,7 +399,7 @@ def test_both_spaces_are_what_the_engine_allocates(
     plan = plan_memory(spec, sizes(max_total_token_num=None, mem_fraction=0.9), CPU)
     assert plan.window == Window(WINDOW)
     assert plan.num.full > 3 * plan.num.sliding
-    model = build(tmp_path, within(spec, 256), "fp32", CPU, 256)
+    model = build(tmp_path, drop_idle_windows(spec, 256), "fp32", CPU, 256)
     engine = Engine(
         model, SingleRank(), num_slots=plan.num.full, num_sliding=plan.num.sliding, num_lanes=8,
         max_len=256, eos_ids=(),
@@ -426,8 +426,8 @@ def test_a_window_that_is_never_full_is_none(tmp_path: Path) -> None:
     spec = read_spec(tmp_path)
     plan = plan_memory(spec, sizes(max_len=WINDOW), CPU)
     assert (plan.window, plan.num) == (None, (1000, 1000))
-    assert not any(layer.window for layer in within(spec, WINDOW).layers)
-    assert any(layer.window for layer in within(spec, WINDOW + 1).layers)
+    assert not any(layer.window for layer in drop_idle_windows(spec, WINDOW).layers)
+    assert any(layer.window for layer in drop_idle_windows(spec, WINDOW + 1).layers)
 
 
 def test_gemma3_has_three_times_the_slots_of_one_space(monkeypatch: pytest.MonkeyPatch) -> None:

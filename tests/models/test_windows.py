@@ -17,7 +17,7 @@ import torch
 from asyncllm.core.steps import Step
 from asyncllm.core.window_slots import WindowLedger
 from asyncllm.core.windows import Window
-from asyncllm.engine.build import warm_up, within
+from asyncllm.engine.build import drop_idle_windows, warm_up
 from asyncllm.engine.device import CpuDevice, CpuPending, CudaDevice, CudaPending
 from asyncllm.engine.engine import Engine
 from asyncllm.engine.parallel import SingleRank
@@ -44,7 +44,7 @@ class Serving(World):
         super().__init__(
             num_slots=num_slots, window=WINDOW, num_sliding=num_sliding, vocab=VOCAB, **kwargs
         )
-        spec = within(read_spec(folder), max_len)
+        spec = drop_idle_windows(read_spec(folder), max_len)
         model = build(folder, spec, "fp32", where, max_len, kv)
         self.engine = Engine(
             model, SingleRank(), num_slots=num_slots, num_sliding=num_sliding,
