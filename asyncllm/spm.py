@@ -1,7 +1,7 @@
 """Loads SentencePiece's tokenizer.model as a fast tokenizer; needs the extra ``sentencepiece``.
 
-The conversion uses the settings in the file itself: the model-specific classes of transformers
-assume some of them.
+The conversion uses the settings in the file itself, while the model-specific classes of
+transformers assume some of them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Loads Mistral's tekken.json as a fast tokenizer: ranked byte strings, each of them a merge.
+"""Loads Mistral's tekken.json, a list of byte strings by rank, as a fast (Rust) BPE tokenizer.
 
-Files that list no special tokens get those of their time.
+Files that list no special tokens get the ones that Mistral used at that time.
 """
 
 from __future__ import annotations

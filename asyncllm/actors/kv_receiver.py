@@ -1,8 +1,8 @@
 """Receives K/V on a rank of a decode node from ranks of prefill nodes.
 
-Owns the socket that they connect to, what each of them has announced, and what is in transit from
-there into a page, and from a page into slots. Nothing but this thread writes into slots of a
-request that is to come, and only while its epoch is open here.
+Owns the socket that they connect to, what each of them has announced, and the data in transit into
+pages, and from pages into slots. Only this thread writes into the slots of an import, and only
+while its epoch is open here.
 """
 
 from __future__ import annotations

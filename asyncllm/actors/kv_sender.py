@@ -1,7 +1,7 @@
 """Sends K/V from a rank of a prefill node to ranks of decode nodes.
 
-Owns one connection to each rank of each decode node, and the data in transit. A receiver that
-does not read only blocks a few pages that it was promised, and nothing of other receivers.
+Owns one connection to each rank of each decode node, and the data in transit. A receiver
+that does not read only blocks the few pages that it was promised, and no other receiver.
 """
 
 from __future__ import annotations

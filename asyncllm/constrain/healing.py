@@ -1,7 +1,7 @@
 """Token healing: a prompt's last tokens are removed, and the output must begin with their text.
 
-So a word that the prompt's end has cut into tokens no model would write is spelled anew. Knows the
-text that is left to be said again; knows neither prompts nor how texts become tokens.
+A word that the end of the prompt has cut into unusual tokens is thereby tokenized again. Knows the
+text that is still to be repeated; knows neither prompts nor how texts become tokens.
 """
 
 from __future__ import annotations

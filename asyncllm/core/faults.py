@@ -1,4 +1,4 @@
-"""Makes a fault of ours in the work for one request that request's error, instead of the server's.
+"""Turns a bug in the work for one request into an error of that request instead of the server.
 
 For work that threads do: grammars, masks, prompts. Knows no particular work.
 """

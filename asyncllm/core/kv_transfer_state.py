@@ -1,8 +1,8 @@
-"""What of which request is still to be sent, on a rank of a prefill node, and what has come and is
-still to come, on one of a decode node.
+"""State of K/V transfers: what a rank of a prefill node still has to send, and what a rank of a
+decode node has received and still expects.
 
-Only what is in an :class:`ImportTable` says which slots may be written: of an epoch that is not
-there, none. Knows positions and slots; knows neither sockets nor bytes nor when anything is sent.
+Slots may only be written for an epoch that is in the :class:`ImportTable`. Knows positions and
+slots; knows neither sockets nor bytes nor when anything is sent.
 """
 
 from __future__ import annotations

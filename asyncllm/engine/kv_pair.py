@@ -1,8 +1,8 @@
 """A communicator of two ranks of different servers, for pages: NCCL, or gloo in tests.
 
-It is no part of torch.distributed's default group, and what it needs to meet goes through whatever
-connects the two already. Owns a thread, since much of what communicators do blocks; knows neither
-pages' owners nor sockets.
+It does not belong to torch.distributed's default group; its rendezvous uses the existing connection
+between the two. Owns a thread, since communicators block; knows neither the owners of pages nor
+sockets.
 """
 
 from __future__ import annotations

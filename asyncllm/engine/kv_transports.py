@@ -1,5 +1,5 @@
-"""Ways of a page from one server's rank to another's: through sockets, through memory that both
-see, or through a communicator of the two.
+"""Transports of a page from a rank of one server to a rank of another: sockets, memory that both
+can access, or a communicator of the two.
 
 Knows pages; knows neither whose they are nor the sockets.
 """

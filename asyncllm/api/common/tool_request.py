@@ -1,4 +1,4 @@
-"""The tools a request offers, whether one must be called, and how the prompt tells of them.
+"""The tools a request offers, whether one must be called, and how the prompt describes them.
 
 Knows the protocols' tool objects and template messages; knows neither templates nor answers.
 """

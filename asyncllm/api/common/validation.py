@@ -1,4 +1,4 @@
-"""Limits of values in requests, and how a value that breaks one is told.
+"""Limits of values in requests, and how errors show a value that exceeds one.
 
 Knows JSON values; knows no route and no tokenizer.
 """

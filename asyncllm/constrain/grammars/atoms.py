@@ -1,7 +1,7 @@
 """The possible values of a JSON value as alternatives of one kind each, and their intersection.
 
-Knows no schemas: what stands inside a value is told as a set of numbers, each of which is a schema
-that must hold (:mod:`asyncllm.constrain.grammars.schema`).
+Knows no schemas: the content of a value is described by a set of numbers, each of which stands for
+a schema that must hold (:mod:`asyncllm.constrain.grammars.schema`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A JSON schema as a document: its nodes, their locations, and the targets of references.
 
-Knows which keywords hold schemas; knows not what they mean.
+Knows which keywords hold schemas; does not know what they mean.
 """
 
 from __future__ import annotations

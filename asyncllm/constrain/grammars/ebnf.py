@@ -1,7 +1,7 @@
 """Reads EBNF (GBNF, as llama.cpp and xgrammar write it) into rules over single characters.
 
-Every terminal is one character of a class, so that splitting text into terminals is never a
-question, and what the rules say is decided by the parser alone. Knows no engine but its notation.
+Every terminal is one character of a class, so there is only one way to split text into terminals,
+and the parser alone decides what matches. Knows only the engine's notation.
 """
 
 from __future__ import annotations

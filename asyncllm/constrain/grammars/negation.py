@@ -1,7 +1,7 @@
 """Negates schemas: for ``not``, ``oneOf``, ``if`` and dependencies.
 
-What is made is a schema again, whose parts may be negated later, when they are looked at. It may be
-narrower than the opposite; only schemas of the document are negated, never what was made here.
+The result is a schema, whose parts may be negated later, when they are needed. It may be narrower
+than the exact negation; only schemas of the document are negated, never results of this module.
 """
 
 from __future__ import annotations

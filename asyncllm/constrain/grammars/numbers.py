@@ -1,7 +1,7 @@
 """Terminals of the numbers between two bounds, in JSON's notation.
 
-Every number that can come is finite in double precision, and ends: a model that likes digits would
-go on with them.
+Every number that is allowed is finite in double precision and has a limited length: a model might
+otherwise generate digits without end.
 """
 
 from __future__ import annotations

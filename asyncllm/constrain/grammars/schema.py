@@ -1,7 +1,7 @@
 """Resolves JSON schemas: the alternatives that satisfy a set of schemas at once.
 
-Keywords are enforced, or refused with their place; none is ignored that says something. Where a
-schema's meaning cannot be kept as it is, it may become narrower, never wider.
+Keywords are enforced, or refused with their position; none that has a meaning is ignored. If a
+schema cannot be represented exactly, the result may be narrower, never wider.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Writes the rules of the JSON texts that satisfy a schema.
 
-Terminals are JSON's own tokens, so that where one ends is never a question; what may follow is
-decided by the rules alone.
+Terminals are JSON's own tokens, so it is always clear where one ends; the rules alone decide what
+may follow.
 """
 
 from __future__ import annotations

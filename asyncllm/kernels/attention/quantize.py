@@ -1,7 +1,7 @@
 """Quantises K and V to 8 bits and back, in plain torch: used on the CPU, and as reference.
 
-A scale is a bfloat16, whose range is that of float32, so that no K or V is too large for it. It is
-rounded up, and numbers are divided by what it was rounded to: none is beyond the largest one.
+A scale is a bfloat16, which has the range of float32, so no K or V is too large for it. It is
+rounded up, and values are divided by the rounded scale, so none exceeds the largest 8-bit value.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ item is a block of one group over one split of its tokens, in one KV head:
     block 0: | split 0 | split 1 | split 2 |  block 0: | split 0 |
     block 1: | split 0 | split 1 | split 2 |
 
-Splits are as long as lets the items of all groups fill the device. Each item leaves the softmax
-sums of its pairs, normed, with their log2; no item waits for another. Which items there are follows
-from the groups alone and is worked out where it is needed, so grids depend on shapes only.
+The length of splits is chosen so that the items of all groups fill the device. Each item leaves the
+normalised softmax sums of its pairs, with their log2; no item waits for another. Items follow from
+the groups alone and are computed where they are needed, so grids depend on shapes only.
 Sources: one product for all rows that share a prefix as in Hydragen (Juravsky et al., 2024), by
 chunks of a prefix tree as in ChunkAttention (Ye et al., 2024).
 """

@@ -12,10 +12,10 @@ a few programs with some heads each:
     |--|--|--|--|--| |--|--|--|--|--|   |--|--| ...
     [ range 0  ][ range 1 ][ range 2  ][ ...
 
-What a program has of a block is a piece: the softmax sums of its pairs, normed, with their log2. As
-one piece follows another, its block or its range is the next one, or both, so the sum of their
-numbers is a place of its own. Which pieces there are follows from the groups alone and is worked
-out where it is needed, so grids depend on shapes only.
+A program's result for a block is a piece: the normalised softmax sums of its pairs, with their
+log2. From one piece to the next the block or the range advances, or both, so the sum of their
+numbers is a unique index. Pieces follow from the groups alone and are computed where they are
+needed, so grids depend on shapes only.
 Sources: as for K/V pairs (``attention/shared.py``); ranges as in Stream-K (Osama et al., 2023).
 """
 

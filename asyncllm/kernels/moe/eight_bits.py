@@ -1,8 +1,8 @@
 """Products of tokens with their experts' 8-bit weights, grouped by expert.
 
-Few rows of an expert stay as they are, and weights are widened in registers; many come in 8 bits
-themselves, for the matrix units. A tile is weights times rows, so that few rows cost what they are.
-Does not know how experts were chosen, nor how numbers were quantised.
+For few rows of an expert, activations stay unquantised and weights are dequantised in registers;
+many rows are in 8 bits themselves, for the tensor cores. A tile is weights times rows, so few rows
+are not padded to many. Does not know how experts were chosen or values quantised.
 """
 
 # mypy: allow-incomplete-defs

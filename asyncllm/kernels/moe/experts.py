@@ -1,8 +1,8 @@
 """Products of tokens with their experts' weights, grouped by expert, and the weighted sum.
 
 Owns the walk over blocks of (token, expert) pairs; does not know how experts were chosen. Rows are
-read through the sorted order and written by the pair's number, so nothing is moved to be sorted; a
-token's sum reads its pairs in their order, so that it does not depend on who came last.
+read through the sorted order and written at the pair's number, so nothing is moved to be sorted; a
+token's sum reads its pairs in their order, so it does not depend on scheduling.
 """
 
 # mypy: allow-incomplete-defs

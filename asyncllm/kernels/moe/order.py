@@ -1,7 +1,7 @@
 """Sorts (token, expert) pairs by expert, into blocks of one expert each.
 
-Owns the order; moves no tokens. A program to an expert: each counts all pairs, so that it knows
-where its expert's begin, and nobody waits for anybody.
+Computes the order only: no tokens are moved. There is one program per expert; each counts all
+pairs, so it knows where its expert's blocks begin without waiting for another program.
 """
 
 # mypy: allow-incomplete-defs

@@ -1,6 +1,6 @@
 """Routes tokens to experts by the router's logits: scores, groups, top-k, weights.
 
-Owns the choice; does not know what experts are. One warp to a token, all of it in registers.
+Owns the choice; does not know what experts are. One warp per token, entirely in registers.
 """
 
 # mypy: allow-incomplete-defs

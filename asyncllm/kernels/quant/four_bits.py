@@ -1,7 +1,8 @@
 """Products of rows with 4-bit weights, dequantised in registers: limited by memory bandwidth.
 
-Owns the layout in which four columns of a weight share 16 bits (``pack``), so that masks alone make
-pairs of operands of it, and the columns of an operand are neighbours. Does not know who quantised.
+Owns the layout in which four columns of a weight share 16 bits (``pack``): masks alone extract
+pairs of operands, and the columns of an operand are neighbours. Does not know how weights were
+quantised.
 """
 
 # mypy: allow-incomplete-defs, disable-error-code="possibly-undefined"

@@ -1,7 +1,7 @@
-"""A tile of a split-K product: inputs are divided among programs, the last of which adds up.
+"""A tile of a split-K product: inputs are divided among programs; the last one adds up the parts.
 
-Owns the space where parts wait, one for each stream: products of one stream run one after the
-other. The order of the sum is that of the parts, whoever comes last.
+Owns the buffer of parts, one per stream: products of one stream run one after the other. Parts are
+added in their order, whichever program is last.
 """
 
 # mypy: allow-incomplete-defs

@@ -1,9 +1,9 @@
 """Products of 8-bit rows with 8-bit weights on tensor cores; few rows run at memory bandwidth.
 
-A tile is weights times rows, not rows times weights: the side that must fill a matrix instruction
-is that of the weights, so that 8 rows cost what they are. Where there are fewer tiles than the
-device runs at once, the inputs are divided among programs. Owns tiles and that division; does not
-know how numbers were quantised.
+A tile is weights times rows, not rows times weights: weights fill the long side of a matrix
+instruction, so 8 rows are not padded. If there are fewer tiles than the device runs at once, the
+inputs are divided among programs (split-K). Owns tiles and that division; does not know how values
+were quantised.
 """
 
 # mypy: allow-incomplete-defs, disable-error-code="possibly-undefined"

@@ -1,7 +1,7 @@
 """Products of few unquantised rows with 8-bit weights, which are dequantised in registers.
 
-At the speed of memory, and without a pass that brings the rows to 8 bits. Owns the tiles; does not
-know how weights were quantised.
+Limited by memory bandwidth, without a pass that quantises the rows. Owns the tiles; does not know
+how weights were quantised.
 """
 
 # mypy: allow-incomplete-defs, disable-error-code="possibly-undefined"

@@ -2,14 +2,14 @@
 
 Owns the order of inversion and what happens to ties; knows neither requests nor seeds.
 
-A row is cut into tiles of 4096 tokens. Everything is told in *depth*: (best logit - logit) /
-temperature, at least 0, so that a weight is exp(-depth) and the bits of a depth order like the
-depth itself.
+A row is cut into tiles of 4096 tokens. Everything is expressed as *depth*: (best logit - logit) /
+temperature, at least 0, so that a weight is exp(-depth), and depths have the same order as their
+bits.
 
 1. Per tile: best logit, its token, sum of weights.
 2. Rows that truncate: from a fixed sample of about 4096 tokens, two depths that enclose the
    threshold of top_k and top_p with a margin of 4.5 standard errors.
-3. Per tile: what is surely kept is added up, the candidates in between are listed.
+3. Per tile: weights that are certainly kept are added up, the candidates in between are listed.
 4. Per row: search the threshold among the candidates, bit by bit. If the bracket turns out wrong
    or has too many candidates (many equal logits), the row is searched as a whole: slower, same
    result. Then the tile that holds the goal, then the token in it.

@@ -1,4 +1,4 @@
-"""DeepSeek's marks, which use a full-width bar, and a block for the space."""
+"""DeepSeek's markers, written with full-width bars and a block character for spaces."""
 
 from __future__ import annotations
 
