@@ -13,7 +13,7 @@ from asyncllm.kernels.attention.decode_plan import DecodePlan, plan_decode
 from asyncllm.kernels.attention.kv_write import rope_kv
 from asyncllm.kernels.attention.prefill import prefill_attention
 from asyncllm.kernels.attention.shared_rows import SharingCosts
-from asyncllm.kernels.autotune import device_facts, is_assumed
+from asyncllm.kernels.autotune import without_fp8
 from asyncllm.models.attention import (
     Batch,
     KvLayout,
@@ -67,8 +67,8 @@ class TritonAttention:
             return f"has its K/V in {type(layout).__name__} on {device.type}"
         if spec.head_dim > MAX_HEAD_DIM:
             return f"has heads of {spec.head_dim}, more than {MAX_HEAD_DIM}"
-        if layout.element == torch.float8_e4m3fn and not _knows_fp8(device):
-            return f"has its K/V in 8-bit floats on {torch.cuda.get_device_name(device)}"
+        if layout.element == torch.float8_e4m3fn and (name := without_fp8(device)) is not None:
+            return f"has its K/V in 8-bit floats on {name}"
         return refuse_beyond_plain(spec) or layout.refuse(spec)
 
     def token_bytes(self, spec: AttentionSpec, dtype: torch.dtype) -> int:
@@ -167,8 +167,3 @@ class TritonPlan:
 def _scales(kv: LayerKv) -> Tensor | None:
     """The scales of 8-bit K/V, or None."""
     return kv[2] if len(kv) > 2 else None
-
-
-def _knows_fp8(device: torch.device) -> bool:
-    """Whether the device supports fp8; True if it is not a CUDA device."""
-    return not (is_assumed() or torch.cuda.is_available()) or device_facts(device).capability >= 89

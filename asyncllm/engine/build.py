@@ -124,7 +124,7 @@ def make_model(
         asked: the requested quantisation of linear layers.
 
     Raises:
-        StartupError: the device's attention cannot run a layer.
+        StartupError: the device cannot run a layer's attention or has no products with its weights.
     """
     spec = drop_idle_windows(spec, max_len)
     layers = [layer.on(shard_heads(layer, comm.size, comm.rank)) for layer in spec.layers]
@@ -150,7 +150,13 @@ def make_model(
         device=where,
         quantisation=Quantisation(spec.stored, asked, dict(spec.gguf) if ops.packed else {}),
     )
-    return MODELS[spec.architecture].make(spec, site)
+    model = MODELS[spec.architecture].make(spec, site)
+    if device.type == "cuda":  # imported here: without a GPU there may be no Triton
+        from asyncllm.engine.quant_cuda import refuse
+
+        if reason := refuse(site.quantisation.tally.served, device):
+            raise StartupError(reason)
+    return model
 
 
 def _operators(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from asyncllm.kernels.attention.shared_rows import SharingCosts
-from asyncllm.kernels.autotune import tuned
+from asyncllm.kernels.autotune import tuned, without_fp8
 from asyncllm.kernels.latent.attend import attend
 from asyncllm.kernels.latent.expand import expand
 from asyncllm.kernels.latent.heads import heads
@@ -89,6 +89,8 @@ class TritonLatentAttention:
             return f"has its K/V in {type(layout).__name__} on {device.type}"
         if (reason := layout.refuse(spec) or refuse_beyond_latent(spec)) is not None:
             return reason
+        if layout.element == torch.float8_e4m3fn and (name := without_fp8(device)) is not None:
+            return f"has its latents in 8-bit floats on {name}"
         if spec.kv_rank > MAX_RANK:
             return f"has latents of {spec.kv_rank}, more than {MAX_RANK}"
         turned = spec.rope.dim if spec.rope else 0

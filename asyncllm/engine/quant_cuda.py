@@ -8,13 +8,14 @@ between these are measured.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from asyncllm.engine import quant_torch
-from asyncllm.kernels.autotune import tuned
+from asyncllm.kernels.autotune import tuned, without_fp8
 from asyncllm.kernels.quant.four_bits import HALVES, SPANS, four_bits, pack, pack_scales, widen
 from asyncllm.kernels.quant.product import product
 from asyncllm.kernels.quant.rows import quantize_rows
@@ -22,11 +23,13 @@ from asyncllm.kernels.quant.wide import fits_wide, wide
 from asyncllm.models.ops import Activations
 from asyncllm.models.quantization import (
     BLOCK,
+    KIND_NAMES,
     ROW_FORMS,
     QuantKind,
     QuantRows,
     QuantWeight,
     RowForm,
+    ServedKind,
 )
 
 WIDENED = 1 << 25  # 4-bit weights dequantised to 16 bits at a time
@@ -67,6 +70,17 @@ _WAYS: dict[QuantKind, KernelThresholds] = {
     "int8_channel": KernelThresholds(32, _ALL),
     "int4_group": KernelThresholds(512, 512),
 }
+
+
+def refuse(kinds: Iterable[ServedKind], device: torch.device) -> str | None:
+    """Why weights of one of these kinds cannot be served on the device; None: they can."""
+    found = next((kind for kind in kinds if kind in ("fp8_channel", "fp8_block")), None)
+    if found is None or (name := without_fp8(device)) is None:
+        return None
+    return (
+        f"weights in {KIND_NAMES[found]} are not supported on {name}, which has no 8-bit floats; "
+        "--quant_type none serves them in the type of --data_type, w8a8 in int8"
+    )
 
 
 def ways_of(kind: QuantKind, device: torch.device) -> KernelThresholds:

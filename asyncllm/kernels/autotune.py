@@ -48,6 +48,15 @@ def _facts(device: torch.device) -> DeviceFacts:
     return DeviceFacts(found.name, found.multi_processor_count, 10 * found.major + found.minor)
 
 
+def without_fp8(device: torch.device) -> str | None:
+    """The name of a GPU that has no 8-bit floats, as before compute capability 8.9; None: it has
+    them, or there is no GPU to ask."""
+    if not (is_assumed() or torch.cuda.is_available()):
+        return None
+    facts = device_facts(device)
+    return facts.name if facts.capability < 89 else None
+
+
 def tuned(device: torch.device, kernel: str, key: str) -> Entry | None:
     """Fields of the configuration tuned for ``kernel`` and shape ``key`` on this kind of device."""
     if device.type == "cpu":
