@@ -430,11 +430,11 @@ class Tokenizer(Actor[Inbox]):
     def _keeps(self, msg: Tokenize) -> list[tuple[int, int]]:
         """Numbers of (first, last) ids that a prompt is shortened to.
 
-        They leave room for the tokens to be generated (one token if that number is open).
+        They leave room for the tokens to be generated (the least number if the greatest is open).
         """
         keeps = [(0, msg.truncate)] if msg.truncate else []
-        most = msg.params.max_new_tokens
-        room = self._limit - (1 if most is None else most)
+        most, least = msg.params.max_new_tokens, max(msg.params.min_new_tokens, 1)
+        room = self._limit - (least if most is None else most)
         if self._truncation != "None" and room > 0:
             room = min(room, self._input_limit)
             head = room // 2 if self._truncation == "center" else 0
@@ -452,7 +452,7 @@ class Tokenizer(Actor[Inbox]):
             return
         params = msg.params
         try:
-            room = self._room(ids, params.max_new_tokens)
+            room = self._room(ids, params)
         except RequestError as error:
             self._forget(number, job)
             self._refuse(job, Failure.of(error))
@@ -535,29 +535,28 @@ class Tokenizer(Actor[Inbox]):
             text.pieces[i] if i < len(text.pieces) and i not in text.special else b"" for i in ids
         ]
 
-    def _room(self, ids: array[int], max_new_tokens: int | None) -> int:
-        """Tokens the request may generate.
-        Raises RequestError where the prompt cannot be served."""
+    def _room(self, ids: array[int], params: SamplingParams) -> int:
+        """Tokens the request may generate. Raises RequestError if the prompt cannot be served."""
         if not ids:
             raise RequestError("prompt is empty", param="prompt")
         self._check_ids(ids, "prompt")
-        prompt_len, limit = len(ids), self._limit
+        prompt_len, limit, wanted = len(ids), self._limit, params.max_new_tokens
         if prompt_len > self._input_limit:
             raise self._too_long_prompt(str(prompt_len), prompt_len, self._input_limit)
         # without max_new_tokens the request needs at least one token
-        if max_new_tokens != 0 and prompt_len == limit:
+        if wanted != 0 and prompt_len == limit:
             raise self._too_long_prompt(str(prompt_len), prompt_len, limit - 1, LIMIT_FLAG)
-        if max_new_tokens is None:
-            return limit - prompt_len
-        if (total := prompt_len + max_new_tokens) > limit:
+        name = "max_tokens" if wanted is not None else "min_tokens"
+        needed = params.min_new_tokens if wanted is None else wanted
+        if (total := prompt_len + needed) > limit:
             raise PromptTooLong(
                 f"This model's maximum context length is {limit} tokens. This request exceeds the"
-                f" context window: {prompt_len} prompt tokens + {max_new_tokens} max_tokens ="
+                f" context window: {prompt_len} prompt tokens + {needed} {name} ="
                 f" {total}, limit {limit} ({LIMIT_FLAG})",
-                Overflow(prompt_len, max_new_tokens, limit, LIMIT_FLAG),
-                param="max_tokens",
+                Overflow(prompt_len, needed, limit, LIMIT_FLAG),
+                param=name,
             )
-        return max_new_tokens
+        return limit - prompt_len if wanted is None else wanted
 
     def _too_long_prompt(
         self, said: str, at_least: int, limit: int, flag: str = ""

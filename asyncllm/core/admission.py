@@ -128,7 +128,8 @@ class Admission:
         most = self.max_running + waiting.most
         if wanted > most:
             raise RequestError(
-                f"n: {wanted} choices in one request, at most {most} may run or wait {LIMITS}",
+                f"n for each prompt: {wanted} choices in one request, at most {most} may run or"
+                f" wait {LIMITS}",
                 param="n",
                 code="invalid_value",
             )

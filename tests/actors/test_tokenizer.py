@@ -233,6 +233,16 @@ def test_prompt_and_max_tokens_over_the_limit_give_the_sum(text: ModelTokenizer)
     assert refusal.failure.code == "context_length_exceeded"
 
 
+def test_the_least_number_of_tokens_has_to_fit_too(text: ModelTokenizer) -> None:
+    asked = prompt(text="a" * 12, max_new_tokens=None, min_new_tokens=9)
+    refusal = only(play(text, [asked], answers=1))
+    assert "12 prompt tokens + 9 min_tokens = 21, limit 20 (--max_req_total_len)" in (
+        refusal.failure.detail
+    )
+    accepted = play(text, [asked], answers=1, truncation="head")[-1][1]
+    assert text.decode(accepted.prompt) == "a" * 11
+
+
 def test_hopelessly_long_text_is_refused_without_encoding(
     text: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
