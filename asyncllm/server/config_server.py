@@ -14,7 +14,6 @@ import uvloop
 from torch._C._distributed_c10d import TCPStore
 
 from asyncllm import __version__
-from asyncllm.actors.access import Access
 from asyncllm.actors.channel import Channel
 from asyncllm.actors.registry import Registry
 from asyncllm.actors.system import ActorSystem
@@ -23,7 +22,7 @@ from asyncllm.config import Config, roles
 from asyncllm.core.metrics import ProcessCounters
 from asyncllm.errors import FatalError, StartupError
 from asyncllm.server.cluster import ANY_ADDRESS, cluster_port, open_channel
-from asyncllm.server.launch import bind_http, tls_context
+from asyncllm.server.launch import bind_http
 from asyncllm.server.rendezvous import listen_at
 from asyncllm.server.signals import SignalWatcher, handle_draining
 from asyncllm.server.status import JSON, TEXT, Page, StatusPages
@@ -79,8 +78,7 @@ async def _run(config: Config, sock: socket.socket, channel: Channel, watch: Sig
         "/metrics": metrics,
         "/registered_objects": lambda: (200, JSON, registry.objects()),
     }
-    access = Access(keys=config.api_key, tls=tls_context(config))
-    status = StatusPages(pages, access, "this is a config_server; send requests to a pd_master")
+    status = StatusPages(pages, config, "this is a config_server; send requests to a pd_master")
     await status.open(sock)
     scheme = "https" if config.ssl_certfile else "http"
     host = ANY_ADDRESS.get(config.host, config.host)

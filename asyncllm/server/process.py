@@ -18,7 +18,6 @@ from typing import NoReturn
 
 import torch
 
-from asyncllm.actors.access import Access
 from asyncllm.actors.channel import Channel
 from asyncllm.actors.heartbeats import Heartbeats
 from asyncllm.actors.system import ActorSystem
@@ -41,7 +40,6 @@ from asyncllm.server.launch import (
     EXIT_FAILED,
     Boot,
     Children,
-    tls_context,
     watch_parent,
 )
 from asyncllm.server.loading import Loaded, load_endpoint, num_threads, torch_device
@@ -195,11 +193,9 @@ class Server:
 
     async def _open_status(self) -> None:
         if (sock := self._status_socket) is not None:
-            config = self._boot.config
-            access = Access(keys=config.api_key, tls=tls_context(config))
             pages: dict[str, Page] = {"/health": self._health, "/metrics": self._exposition}
             there = "this node answers /health and /metrics; requests go to node 0"
-            self._status = StatusPages(pages, access, there)
+            self._status = StatusPages(pages, self._boot.config, there)
             await self._status.open(sock)
 
     def _health(self) -> tuple[int, str, bytes]:

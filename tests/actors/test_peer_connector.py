@@ -13,19 +13,17 @@ from typing import NoReturn
 import pytest
 
 from asyncllm.actors import peer_connector
-from asyncllm.actors.access import Access
 from asyncllm.actors.peer_connector import find_channel
 from asyncllm.config import Config
 from asyncllm.server.config_server import json_page
-from asyncllm.server.launch import tls_context
 from asyncllm.server.status import StatusPages
 from tests.actors.test_transport import run
 
 
 @asynccontextmanager
-async def serving(body: bytes, tls: ssl.SSLContext | None = None) -> AsyncIterator[int]:
+async def serving(body: bytes, config: Config | None = None) -> AsyncIterator[int]:
     """A server's HTTP port, which answers this at /cluster."""
-    pages = StatusPages({"/cluster": json_page(body)}, Access(tls=tls), "elsewhere")
+    pages = StatusPages({"/cluster": json_page(body)}, config or Config(), "elsewhere")
     sock = socket.create_server(("127.0.0.1", 0))
     await pages.open(sock)
     try:
@@ -46,7 +44,7 @@ def test_it_is_found_with_and_without_tls(
              "-nodes", "-days", "30", "-subj", "/CN=other", "-keyout", key, "-out", cert],
             check=True, capture_output=True, timeout=60,
         )  # fmt: skip
-    tls = tls_context(Config(ssl_certfile=cert, ssl_keyfile=key)) if secured else None
+    config = Config(ssl_certfile=cert, ssl_keyfile=key) if secured else Config()
 
     def reads(*_: object, **__: object) -> NoReturn:
         raise AssertionError("certificates are read")
@@ -54,7 +52,7 @@ def test_it_is_found_with_and_without_tls(
     monkeypatch.setattr(ssl.SSLContext, "load_default_certs", reads)
 
     async def go() -> None:
-        async with serving(b'{"port": 9001}', tls) as port:
+        async with serving(b'{"port": 9001}', config) as port:
             assert await find_channel("127.0.0.1", port, "it") == 9001
 
     run(go())
