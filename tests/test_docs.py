@@ -66,6 +66,18 @@ def test_files_are_there() -> None:
     assert missing == []
 
 
+def test_classes_are_there() -> None:
+    python = "".join(path.read_text() for path in SOURCES if path.suffix == ".py")
+    known = set(re.findall(r"\w+", python)) | {"HuggingFaceTB"}
+    told = {
+        (page, name)
+        for page, text in quoted()
+        for name in re.findall(r"\b[A-Z]+[a-z]+[A-Z]\w+", text)
+    }
+    assert len(told) > 50
+    assert {(page, name) for page, name in told if name not in known} == set()
+
+
 def test_options_are_there() -> None:
     of_scripts = "".join(path.read_text() for path in (ROOT / "bench").glob("*.py"))
     known = {*FLAGS, *ALIASES, *FOREIGN, *OTHERS, "help", "version"}
