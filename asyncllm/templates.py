@@ -23,7 +23,6 @@ import resource
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -35,7 +34,7 @@ from asyncllm.api.common.chat_template import ChatTemplate, roles, variables
 from asyncllm.api.parsing.output_parser import Dialect, dialect_of
 from asyncllm.api.parsing.tools.detect import LIST
 from asyncllm.control_tokens import ControlTokens
-from asyncllm.environment import child_environment
+from asyncllm.environment import child_environment, python_command
 from asyncllm.errors import AsyncllmError, RequestError, StartupError
 from asyncllm.plain import Json, JsonObject
 
@@ -87,7 +86,7 @@ class TemplateHelper:
         with theirs:
             # its own session: a terminal's Ctrl-C is for rank 0 only
             self.process: subprocess.Popen[bytes] = subprocess.Popen(
-                [sys.executable, "-m", "asyncllm.templates"],
+                python_command("-m", "asyncllm.templates"),
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,

@@ -300,7 +300,7 @@ def environment(module: Module) -> Iterator[str]:
     for node in module.nodes:
         if isinstance(node, ast.Attribute | ast.Name):
             name = module.dotted(node)
-            if name in {"os.environ", "os.environb", "os.getenv", "os.putenv"}:
+            if name in {"os.environ", "os.environb", "os.getenv", "os.putenv", "sys.executable"}:
                 yield f"line {node.lineno}: {name} outside environment.py"
 
 
@@ -683,6 +683,7 @@ BAD: list[tuple[Callable[[Module], Iterator[str]], str, str]] = [
     (environment, "rank.py", "import os\nos.environ['A']"),
     (environment, "rank.py", "from os import getenv\ngetenv('A')"),
     (environment, "config/options.py", "import os\nos.getenv('A')"),
+    (environment, "server/x.py", "import sys\n[sys.executable, '-m', 'a']"),
     (sync_calls, "engine/x.py", "def f(t):\n    return t.item()"),
     (sync_calls, "models/deep/x.py", "t.tolist()"),
     (sync_calls, "kernels/x.py", "def f(t):\n    return g(t.cpu())"),

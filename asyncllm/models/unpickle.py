@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from asyncllm.environment import bare_environment
+from asyncllm.environment import bare_environment, python_command
 from asyncllm.errors import StartupError
 
 DTYPES = {
@@ -126,7 +126,7 @@ class Pickles:
         with theirs:
             # a separate session: a terminal's Ctrl-C is only for rank 0
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", __name__, fd, str(os.getpid())],
+                python_command("-W", "ignore", "-m", __name__, fd, str(os.getpid())),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,

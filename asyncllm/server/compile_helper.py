@@ -10,11 +10,10 @@ import contextlib
 import logging
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Self
 
-from asyncllm.environment import child_environment, triton_cache
+from asyncllm.environment import child_environment, python_command, triton_cache
 from asyncllm.server import signals
 
 STAMPS = "asyncllm"  # folder in Triton's cache
@@ -85,7 +84,7 @@ class CompileHelper:
     def _start(self) -> None:
         with signals.for_child():
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "asyncllm.server.child", "compile", str(os.getpid())],
+                python_command("-m", "asyncllm.server.child", "compile", str(os.getpid())),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 env=child_environment(OMP_NUM_THREADS="1"),

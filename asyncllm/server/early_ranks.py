@@ -8,13 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Self
 
 from asyncllm.actors.heartbeats import Heartbeats
-from asyncllm.environment import child_environment, cores_each
+from asyncllm.environment import child_environment, cores_each, python_command
 from asyncllm.server import signals
 
 KILLED_S = 2.0
@@ -30,7 +29,7 @@ def spawn(num_threads: int, fds: Sequence[int], *words: str) -> subprocess.Popen
     """
     with signals.for_child():
         return subprocess.Popen(
-            [sys.executable, "-m", "asyncllm.server.child", "serve", *words],
+            python_command("-m", "asyncllm.server.child", "serve", *words),
             stdin=subprocess.PIPE,
             pass_fds=fds,
             env=child_environment(OMP_NUM_THREADS=str(num_threads)),

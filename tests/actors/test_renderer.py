@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,6 +183,18 @@ def test_the_helper_is_small() -> None:
 
 
 # -- at the start --------------------------------------------------------------------------------------
+
+
+def test_children_import_nothing_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a downloaded model's, or hold a clone named asyncllm."""
+    (tmp_path / "asyncllm").mkdir()
+    (tmp_path / "msgpack.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    assert templates.read_dialect(TemplateSet({"default": "{{ mode }}"}, {}))[0].variables == {
+        "mode"
+    }
 
 
 def test_the_dialect_is_what_the_templates_show() -> None:
