@@ -118,6 +118,7 @@ class HttpRoutes:
             "/v1/completions": self._completion,
             "/v1/chat/completions": self._chat,
             "/v1/responses": self._respond,
+            "/v1/responses/input_tokens": self._count_input,
             ANTHROPIC: self._messages,
             f"{ANTHROPIC}/count_tokens": self._count_tokens,
             "/invocations": self._invocations,
@@ -315,6 +316,11 @@ class HttpRoutes:
         chat = anthropic.count(await self._body(request), self._front.served)
         ids = await self._front.token_ids(Prompt(chat=chat), client=request[CLIENT])
         return _json(sse.body({"input_tokens": len(ids)}))
+
+    async def _count_input(self, request: web.Request) -> web.StreamResponse:
+        chat = responses.count(await self._body(request), self._front.served, self._store)
+        ids = await self._front.token_ids(Prompt(chat=chat), client=request[CLIENT])
+        return _json(sse.body({"object": "response.input_tokens", "input_tokens": len(ids)}))
 
     async def _response(self, request: web.Request) -> web.StreamResponse:
         return _json(self._store.body(request.match_info["id"]))

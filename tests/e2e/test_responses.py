@@ -29,6 +29,19 @@ async def test_a_conversation_over_two_requests(server: Server) -> None:
 
 
 @live()
+async def test_counting_input(server: Server) -> None:
+    path = f"{RESPONSES}/input_tokens"
+    _, first = await server.post(RESPONSES, {"input": "hi", "max_output_tokens": 2})
+    body = {"input": "more", "previous_response_id": first["id"], "instructions": "Be brief."}
+    # of the fake tokenizer: bytes of the last message
+    counted = {"object": "response.input_tokens", "input_tokens": 4}
+    assert await server.post(path, body) == (200, counted)
+    for bad, param in (({}, "input"), ({"input": "a", "personality": "friendly"}, "personality")):
+        status, got = await server.post(path, bad)
+        assert (status, got["error"]["param"]) == (400, param)
+
+
+@live()
 async def test_forgetting(server: Server) -> None:
     _, first = await server.post(RESPONSES, {"input": "hi"})
     url = f"{RESPONSES}/{first['id']}"

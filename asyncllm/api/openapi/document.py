@@ -30,7 +30,7 @@ from asyncllm.api.tgi import request as tgi
 # -- bodies ------------------------------------------------------------------------------------
 
 BODIES: Final = (
-    openai.ChatRequest, openai.CompletionRequest, responses.ResponseRequest,
+    openai.ChatRequest, openai.CompletionRequest, responses.ResponseRequest, responses.PromptRequest,
     anthropic.MessageRequest, anthropic.CountRequest, lightllm.TokensRequest, lightllm.AbortRequest,
     tokenize.TokenizeRequest, tokenize.DetokenizeRequest,
 )  # fmt: skip
@@ -112,6 +112,8 @@ ROUTES: Final = (
           answer="Completion", streams=True),
     _post("/v1/responses", "OpenAI", "Answer a conversation, and remember it",
           "ResponseRequest", answer="Response", streams=True),
+    _post("/v1/responses/input_tokens", "OpenAI", "Length of its prompt", "PromptRequest",
+          answer="ResponseTokens"),
     Route("/v1/responses/{id}", "OpenAI", "A stored response", answer="Response", fails=(404,)),
     Route("/v1/responses/{id}", "OpenAI", "Forget a stored response", answer="Deleted",
           methods=("delete",), fails=(404,)),

@@ -166,6 +166,7 @@ ANSWERS: Final[dict[str, Schema]] = {
     "Models": made(object=one_of("list"), data=some(_MODEL)),
     "Message": _MESSAGE,
     "InputTokens": made(input_tokens=INTEGER),
+    "ResponseTokens": made(object=one_of("response.input_tokens"), input_tokens=INTEGER),
     "Tokenized": made(
         count=INTEGER,
         max_model_len=INTEGER,

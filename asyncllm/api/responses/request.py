@@ -14,7 +14,7 @@ from asyncllm.api.common import conversation, response_format, tool_request
 from asyncllm.api.common.conversation import Messages, with_system
 from asyncllm.api.common.errors import NotAvailable
 from asyncllm.api.common.other_fields import FOR_OPENAI, IGNORED
-from asyncllm.api.common.prepare import prepare_chat, refuse_trailing_calls
+from asyncllm.api.common.prepare import ChatPrompt, prepare_chat, refuse_trailing_calls
 from asyncllm.api.common.request import GenerationRequest, ModelName, ServedModel, temperature
 from asyncllm.api.common.request_model import (
     AnyObject,
@@ -86,25 +86,18 @@ class ReasoningOptions(RequestModel):
     effort: UnicodeStr | None = None
 
 
-class ResponseRequest(RequestModel):
+class PromptRequest(RequestModel):
+    """What the prompt is made of: all of a /v1/responses/input_tokens body."""
+
     model: ModelName = None
     refused: ClassVar = {
-        "background": Unavailable("answering in the background", False),
         "truncation": Unavailable("prompt truncation per request", "disabled"),
         "conversation": Unavailable("a stored conversation (use previous_response_id)"),
         "prompt": Unavailable("a stored prompt"),
         "context_management": Unavailable("context management", []),
-        "background_options": Unavailable("answering in the background", {}),
         "image": Unavailable("images", {}),
-        "moderation": Unavailable("moderation"),
-        "access_programs": Unavailable("an access program"),
+        "personality": Unavailable("a personality (use instructions)"),
         **response_format.other_names("text.format"),
-    }
-    ignored: ClassVar = {
-        "user": IGNORED["user"],
-        **FOR_OPENAI,
-        "max_tool_calls": "it limits calls of tools that OpenAI runs; none run here",
-        "stream_options": "chunks are not padded",
     }
     input: Input = Field(
         description="a string, or an array of items: messages with role (user, assistant, system, "
@@ -117,15 +110,6 @@ class ResponseRequest(RequestModel):
     previous_response_id: UnicodeStr | None = Field(
         None, description="continue from this stored response; its instructions do not carry over"
     )
-    store: bool = Field(
-        True, description="keep the response in memory for previous_response_id and GET"
-    )
-    max_output_tokens: Positive | None = Field(
-        None,
-        description="maximum number of tokens to generate; default: as many as fit into the context",
-    )
-    temperature: Annotated[Float, Range(0, 2)] = Field(1.0, description="0: greedy")
-    top_p: TopP = 1.0
     text: TextOptions = Field(
         default_factory=TextOptions,
         description="{format: {type: text, json_object or json_schema, name, schema}, verbosity}: "
@@ -149,6 +133,31 @@ class ResponseRequest(RequestModel):
         description="effort is passed to the chat template; none: turns thinking off; there are no "
         "summaries",
     )
+
+
+class ResponseRequest(PromptRequest):
+    refused: ClassVar = {
+        "background": Unavailable("answering in the background", False),
+        **PromptRequest.refused,
+        "background_options": Unavailable("answering in the background", {}),
+        "moderation": Unavailable("moderation"),
+        "access_programs": Unavailable("an access program"),
+    }
+    ignored: ClassVar = {
+        "user": IGNORED["user"],
+        **FOR_OPENAI,
+        "max_tool_calls": "it limits calls of tools that OpenAI runs; none run here",
+        "stream_options": "chunks are not padded",
+    }
+    store: bool = Field(
+        True, description="keep the response in memory for previous_response_id and GET"
+    )
+    max_output_tokens: Positive | None = Field(
+        None,
+        description="maximum number of tokens to generate; default: as many as fit into the context",
+    )
+    temperature: Annotated[Float, Range(0, 2)] = Field(1.0, description="0: greedy")
+    top_p: TopP = 1.0
     include: Items[UnicodeStr] = Field(
         default_factory=list,
         description=f"{LOGPROBS}: log-probabilities of an answer without tools and reasoning; "
@@ -192,25 +201,7 @@ def read(body: Body, served: ServedModel, store: ResponseStore) -> ResponsesRequ
         ModelNotFound: 404.
     """
     request = parse(ResponseRequest, body, served).filled(served.defaults.sampling(body))
-    previous, messages = request.previous_response_id, input_messages(request.input)
-    if previous is not None:
-        messages = store.messages(previous) + messages
-    if len(messages) > conversation.MAX_MESSAGES:
-        reject(f"input: {len(messages)} messages, at most {conversation.MAX_MESSAGES}", "input")
-    refuse_trailing_calls(messages, "input")
-    given, verbosity = responses_tools(request.tools), request.text.verbosity
-    tools = tool_request.resolve(
-        given.offered, responses_choice(request.tool_choice, given), request.parallel_tool_calls
-    )
-    has_verbosity = verbosity is not None and "verbosity" in served.dialect.variables
-    made = prepare_chat(
-        with_system(request.instructions, given.told(messages)),
-        served.dialect,
-        tool_request=tools,
-        grammar=request.text.format.form,
-        effort=request.reasoning.effort,
-        kwargs={"verbosity": verbosity} if has_verbosity else None,
-    )
+    made, messages, given = _prepared(request, served, store)
     params = SamplingParams(
         **served.defaults.beyond(ResponseRequest.model_fields),
         top_p=request.top_p or 1.0,
@@ -231,6 +222,39 @@ def read(body: Body, served: ServedModel, store: ResponseStore) -> ResponsesRequ
     return ResponsesRequest(
         generation=generation, messages=messages, echo=_echo(body, request), tools=given
     )
+
+
+def count(body: Body, served: ServedModel, store: ResponseStore) -> bytes:
+    """A /v1/responses/input_tokens body: the conversation for a Count message. Raises as above."""
+    made, _, _ = _prepared(parse(PromptRequest, body, served), served, store)
+    assert made.prompt.chat is not None
+    return made.prompt.chat
+
+
+def _prepared(
+    request: PromptRequest, served: ServedModel, store: ResponseStore
+) -> tuple[ChatPrompt, Messages, ResponsesTools]:
+    """The prompt, the conversation it is of, and its tools."""
+    previous, messages = request.previous_response_id, input_messages(request.input)
+    if previous is not None:
+        messages = store.messages(previous) + messages
+    if len(messages) > conversation.MAX_MESSAGES:
+        reject(f"input: {len(messages)} messages, at most {conversation.MAX_MESSAGES}", "input")
+    refuse_trailing_calls(messages, "input")
+    given, verbosity = responses_tools(request.tools), request.text.verbosity
+    tools = tool_request.resolve(
+        given.offered, responses_choice(request.tool_choice, given), request.parallel_tool_calls
+    )
+    has_verbosity = verbosity is not None and "verbosity" in served.dialect.variables
+    made = prepare_chat(
+        with_system(request.instructions, given.told(messages)),
+        served.dialect,
+        tool_request=tools,
+        grammar=request.text.format.form,
+        effort=request.reasoning.effort,
+        kwargs={"verbosity": verbosity} if has_verbosity else None,
+    )
+    return made, messages, given
 
 
 def _logprobs(request: ResponseRequest, parted: bool) -> int:

@@ -24,6 +24,7 @@ from tests.api.harness import (
     CASES,
     DOC,
     SCHEMA,
+    SERVED,
     Case,
     answer,
     delta,
@@ -35,6 +36,16 @@ from tests.api.harness import TOOLS as OFFERED
 from tests.api.responses.harness import TOOLS, ask, parted
 
 CALLED = {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": '{"city": "Ü"}'}
+
+
+def test_what_is_counted_is_the_prompt() -> None:
+    store = ResponseStore()
+    store.put("resp_1", StoredResponse([{"role": "user", "content": "hi"}], b"{}"))
+    body = {"input": "more", "instructions": "Be brief.", "previous_response_id": "resp_1"}
+    body |= {"tools": TOOLS, "tool_choice": "required"}
+    chat = responses.count(body | {"max_output_tokens": 4}, SERVED, store)
+    assert chat == ask(store, **body).generation.prompts[0].chat
+    assert [m["content"] for m in json.loads(chat)["messages"][1:]] == ["hi", "more"]
 
 
 def test_parameters() -> None:
