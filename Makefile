@@ -51,8 +51,9 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 # float32 for the embedded model on a CPU, whose near ties bfloat16 turns over; ARGS come later and win
+MODEL_DIR := --model_dir --model-dir --model_path --model-path --model
 ON_CPU = $(or $(findstring --device cpu,$(subst =, ,$(ARGS))),$(shell command -v nvidia-smi >/dev/null 2>&1 || echo yes))
-PRECISE = $(if $(findstring --model_dir,$(ARGS)),,$(if $(ON_CPU),--data_type fp32))
+PRECISE = $(if $(filter $(MODEL_DIR),$(subst =, ,$(ARGS))),,$(if $(ON_CPU),--data_type fp32))
 
 serve: $(STAMP)
 	@exec $(BIN)/asyncllm $(PRECISE) $(ARGS)
