@@ -5,9 +5,9 @@ The single source for where an actor lives and who is in a tensor-parallel group
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from asyncllm.codec import record
 
@@ -80,6 +80,25 @@ class Endpoint:
         return self.roles == (HTTP,)
 
 
+class Difference(NamedTuple):
+    """A value in which two processes or servers differ."""
+
+    name: str
+    ours: str
+    theirs: str
+
+
+def first_difference(
+    ours: Iterable[tuple[str, str]], theirs: Iterable[tuple[str, str]]
+) -> Difference | None:
+    """The first of these (name, value) in which both sides differ, or None."""
+    own, other = dict(ours), dict(theirs)
+    for name in (*own, *other):
+        if own.get(name) != other.get(name):
+            return Difference(name, own.get(name, "unknown"), other.get(name, "unknown"))
+    return None
+
+
 @record
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contract:
@@ -95,17 +114,15 @@ class Contract:
     options: str
     shared: tuple[tuple[str, str], ...] = ()
 
-    def breach(self, other: Contract) -> tuple[str, str, str] | None:
-        """The first difference from ``other`` as (name, our value, theirs), or None."""
+    def difference(self, other: Contract) -> Difference | None:
+        """The first difference from ``other``, or None."""
         if self.protocol != other.protocol:
-            return "protocol", self.protocol, other.protocol
+            return Difference("protocol", self.protocol, other.protocol)
         if self.options == other.options:
             return None
-        ours, theirs = dict(self.shared), dict(other.shared)
-        for name in (*ours, *theirs):
-            if ours.get(name) != theirs.get(name):
-                return f"--{name}", ours.get(name, "unknown"), theirs.get(name, "unknown")
-        return "options", self.options, other.options
+        if found := first_difference(self.shared, other.shared):
+            return found._replace(name=f"--{found.name}")
+        return Difference("options", self.options, other.options)
 
 
 @record

@@ -174,9 +174,9 @@ def test_nobody_talks_to_a_lost_group_and_all_keep_their_names() -> None:
 
 def test_a_breach_is_named_with_both_values() -> None:
     ours = Contract(protocol="p1", options="o1")
-    assert ours.breach(ours) is None
-    assert ours.breach(replace(ours, options="o2")) == ("options", "o1", "o2")
-    assert ours.breach(Contract(protocol="p2", options="o2")) == ("protocol", "p1", "p2")
+    assert ours.difference(ours) is None
+    assert ours.difference(replace(ours, options="o2")) == ("options", "o1", "o2")
+    assert ours.difference(Contract(protocol="p2", options="o2")) == ("protocol", "p1", "p2")
 
 
 def contract(config: Config) -> Contract:
@@ -193,12 +193,12 @@ def contract(config: Config) -> Contract:
     ],
 )
 def test_options_that_differ_are_named(changes: dict[str, Any], breach: object) -> None:
-    assert contract(Config()).breach(contract(Config(**changes))) == breach
+    assert contract(Config()).difference(contract(Config(**changes))) == breach
 
 
 def test_of_a_secret_option_no_value_is_told() -> None:
     ours, theirs = contract(Config()), contract(Config(api_key=("sk-1", "sk-2")))
-    name, *values = ours.breach(theirs) or ()
+    name, *values = ours.difference(theirs) or ()
     assert (name, len(set(values))) == ("--api_key", 2)
     assert "sk-1" not in str(theirs)
 
@@ -206,7 +206,7 @@ def test_of_a_secret_option_no_value_is_told() -> None:
 def test_an_option_that_one_side_does_not_know_is_named() -> None:
     ours = contract(Config())
     theirs = replace(ours, options="o", shared=(*ours.shared, ("new_one", "3")))
-    assert ours.breach(theirs) == ("--new_one", "unknown", "3")
+    assert ours.difference(theirs) == ("--new_one", "unknown", "3")
 
 
 def test_options_count_unless_they_are_those_of_a_node() -> None:

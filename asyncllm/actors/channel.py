@@ -422,8 +422,8 @@ class Channel:
 
     def _meet(self, link: _Link, info: PeerInfo) -> None:
         link.info = info
-        if breach := self.info.difference(info):
-            what, ours, theirs = breach
+        if difference := self.info.difference(info):
+            what, ours, theirs = difference
             if isinstance(link, _OutgoingLink):
                 why = f"{what} here is {ours}, that of {info} {theirs}"
             else:

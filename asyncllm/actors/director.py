@@ -170,8 +170,8 @@ class Director(Actor[Inbox]):
         former = {peer: other for peer, other in peers.items() if other.name == info.name}
         there = [other for peer, other in peers.items() if peer not in former]
         for other in there:
-            if found := info.difference(other):
-                what, theirs, ours = found
+            if found := other.difference(info):
+                what, ours, theirs = found
                 return f"{what} of {info} is {theirs}, that of {other} {ours}"
         if self._counts is not None:
             most = self._counts[ROLES.index(info.role)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asyncllm.errors import Mismatch
-from asyncllm.topology import Contract, Topology
+from asyncllm.topology import Contract, Difference, Topology
 
 
 def check_member(
@@ -18,11 +18,11 @@ def check_member(
     Raises:
         Mismatch: with the same line on both sides.
     """
-    breach = ours.breach(theirs)
-    if breach is None and node != topology[endpoint].node:
-        breach = "node", str(topology[endpoint].node), str(node)
-    if breach is not None:
-        field, wanted, found = breach
+    difference = ours.difference(theirs)
+    if difference is None and node != topology[endpoint].node:
+        difference = Difference("node", str(topology[endpoint].node), str(node))
+    if difference is not None:
+        field, wanted, found = difference
         first, other = topology.name(topology.coordinator.id), topology.name(endpoint)
         raise Mismatch(
             f"{other} cannot belong to this server: "

@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass, field
 
 from asyncllm.codec import Message, message, record
+from asyncllm.topology import Difference
 
 
 @record
@@ -28,12 +29,12 @@ class PeerInfo:
     def __str__(self) -> str:
         return f"{self.role} {self.name}"
 
-    def difference(self, other: PeerInfo) -> tuple[str, str, str] | None:
-        """(name, our value, theirs) of a fact in which both differ, or None."""
+    def difference(self, other: PeerInfo) -> Difference | None:
+        """A fact that both have and in which they differ, or None."""
         theirs = dict(other.facts)
         for name, value in self.facts:
             if theirs.get(name, value) != value:
-                return name, value, theirs[name]
+                return Difference(name, value, theirs[name])
         return None
 
 

@@ -24,7 +24,7 @@ from asyncllm.actors.transport import CurveKeys, Monitor, ipv6, known_to, protec
 from asyncllm.codec import Message, decode, encode, message, protocol
 from asyncllm.errors import Mismatch, StartupError
 from asyncllm.log import RateLimitedLog
-from asyncllm.topology import Contract, Topology
+from asyncllm.topology import Contract, Difference, Topology, first_difference
 
 BEAT_S = 0.3  # between two heartbeats, less with a small --dead_after
 BEATS = 20  # of --dead_after, at least
@@ -307,7 +307,8 @@ class NodeRendezvous(NodeLink):
         try:
             theirs, body = frames
             if theirs != self._protocol:
-                self._refuse(ident, "a node", ("protocol", protocol(), theirs.decode("ascii")))
+                found = Difference("protocol", protocol(), theirs.decode("ascii"))
+                self._refuse(ident, "a node", found)
                 return
             msg = decode(body)
         except ValueError as error:  # CodecError, or another number of frames
@@ -334,8 +335,10 @@ class NodeRendezvous(NodeLink):
             log.warning("%s", why)
             self._send(ident, JoinRefused(why))
             return
-        if breach := difference(self._own, join):
-            self._refuse(ident, name, breach)
+        own = self._own
+        found = own.contract.difference(join.contract) or first_difference(own.facts, join.facts)
+        if found is not None:
+            self._refuse(ident, name, found)
             return
         twins = [peer for peer in self._peers.values() if peer.join.node == join.node]
         self._peers[ident] = _JoinedNode(join, monotonic())
@@ -346,8 +349,8 @@ class NodeRendezvous(NodeLink):
             log.info("%s has joined", name)
             self._send(ident, NodeAlive())
 
-    def _refuse(self, ident: bytes, name: str, breach: tuple[str, str, str]) -> None:
-        label, ours, theirs = breach
+    def _refuse(self, ident: bytes, name: str, difference: Difference) -> None:
+        label, ours, theirs = difference
         why = f"{name} cannot belong to this server: its {label} is {theirs}, node 0's is {ours}"
         self._send(ident, JoinRefused(why))
         if self._complete:
@@ -514,14 +517,3 @@ class _LeaderConnection:
         """Disconnect; drops unsent frames."""
         self._monitor.close()
         self.sock.close(0)
-
-
-def difference(ours: NodeJoin, theirs: NodeJoin) -> tuple[str, str, str] | None:
-    """(name, our value, theirs) of a value in which two nodes differ, or None."""
-    if breach := ours.contract.breach(theirs.contract):
-        return breach
-    mine, other = dict(ours.facts), dict(theirs.facts)
-    for name in (*mine, *other):
-        if mine.get(name) != other.get(name):
-            return name, mine.get(name, "unknown"), other.get(name, "unknown")
-    return None
