@@ -6,6 +6,7 @@ Knows the JSON shapes; knows neither sockets nor request bodies.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Final
 
 from asyncllm.api.common import sse
@@ -28,6 +29,11 @@ class TgiReply(NativeReply):
     def __init__(self, answer: Answer, asked: TgiRequest, *, listed: bool) -> None:
         super().__init__(answer)
         self._asked, self._listed = asked, listed
+
+    def opening(self) -> bytes:
+        """None; where the prompt is long this runs in a thread, and its text is made there."""
+        _ = self._begins
+        return b""
 
     def error(self, error: RequestError) -> bytes:
         """An error event."""
@@ -82,8 +88,13 @@ class TgiReply(NativeReply):
                 }
         return sse.event(out, HEAD)
 
+    @cached_property
+    def _begins(self) -> str:
+        """What goes before the generated text."""
+        return self.answer.prompt_text(0) if self.answer.generation.echo else ""
+
     def _text(self, choice: Choice) -> str:
-        return (self.answer.prompt_text(0) if self.answer.generation.echo else "") + choice.text
+        return self._begins + choice.text
 
     def _sequence(self, choice: Choice) -> dict[str, object]:
         """One of LightLLM's ``beam_sequences``."""

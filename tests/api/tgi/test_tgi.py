@@ -262,6 +262,17 @@ def test_an_end_that_comes_alone_is_nothing_to_show() -> None:
     ) == ("a", False)
 
 
+def test_a_stream_makes_the_prompts_text_before_its_first_event() -> None:
+    """That of a long prompt runs in a thread, and the last event does not."""
+    made = reply(stream=True, return_full_text=True, truncate=1)
+    made.answer.prompts = [array("i")]
+    made.answer.accept(0, i32(list(b"i")), "", True)
+    assert made.opening() == b""
+    made.answer.prompts = [array("i")]  # nothing is left to be decoded
+    out = take(made, delta("a", i32([97]), ("a",), floats(-1))) + end(made)
+    assert native_events(out)[-1]["generated_text"] == "ia"
+
+
 def test_a_truncated_prompt_is_given_back_as_used() -> None:
     made = reply(return_full_text=True, truncate=1)
     made.answer.prompts = [array("i")]
