@@ -97,21 +97,28 @@ class Overflow:
 @record
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a request cannot be answered."""
+    """Why a request cannot be answered.
+
+    Attributes:
+        param: what is at fault: "prompt", "max_tokens" or "grammar", which routes call differently,
+            or a field by its name; "": nothing of the request.
+    """
 
     detail: str
     code: str = ""  # OpenAI's string code
     status: int = 400  # of HTTP
     overflow: Overflow | None = None
+    param: str = ""
 
     @property
     def valid(self) -> bool:
         return 400 <= self.status <= 599
 
     @classmethod
-    def of(cls, error: RequestError) -> Failure:
-        """The record for an error."""
-        return cls(error.message, error.code or "", error.status, error.overflow)
+    def of(cls, error: RequestError, param: str = "") -> Failure:
+        """The record for an error; ``param`` where that is the client's and names none."""
+        named = error.param or (param if error.status == 400 else "")
+        return cls(error.message, error.code or "", error.status, error.overflow, named)
 
 
 @record

@@ -320,9 +320,8 @@ class Frontend(Actor[Inbox]):
         counted = await self._queries.answer_to(query, "the tokenizer")
         assert isinstance(counted, TokensCounted), counted
         if counted.failure is not None:
-            error = from_failure(counted.failure)
-            error.param = "text" if prompt.chat is None else "messages"
-            raise error
+            name = "text" if prompt.chat is None else "messages"
+            raise from_failure(counted.failure, {"prompt": name})
         return counted.ids
 
     def cancel(self, request_id: str) -> None:
@@ -445,7 +444,7 @@ class Frontend(Actor[Inbox]):
     def _finished(self, exchange: Exchange, choice: Choice, msg: Finished) -> None:
         reason, failure = msg.reason, msg.failure
         if failure is not None:
-            self._fail(exchange, from_failure(failure))
+            self._fail(exchange, from_failure(failure, exchange.answer.generation.fields))
             return
         if reason is FinishReason.ABORT and (exchange.unaccepted or not exchange.cancelled):
             error: RequestError = NotServing("the server ended this request", code="aborted")

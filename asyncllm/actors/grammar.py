@@ -88,7 +88,7 @@ class GrammarCompiler(Actor[Inbox]):
     def _compile(self, msg: CompileGrammar) -> None:
         key = msg.kind, msg.text
         if self._builder is None:
-            self._answer(msg, Failure(OFF))
+            self._answer(msg, Failure(OFF, param="grammar"))
         elif key in self._builder:
             self._answer(msg, None)
         elif asking := self._asking.get(key):
@@ -117,7 +117,7 @@ class GrammarCompiler(Actor[Inbox]):
                 self._pool, contained, self._builder.build, kind, text
             )
         except RequestError as error:
-            return GrammarBuilt(kind, text, Failure.of(error))
+            return GrammarBuilt(kind, text, Failure.of(error, "grammar"))
         self._builder.keep(kind, text, compiled)
         return GrammarBuilt(kind, text)
 

@@ -213,7 +213,7 @@ class Scheduler(Actor[Inbox]):
             if constraint is not None and not constraint.slow(None):
                 constraint.start()
         except RequestError as error:
-            self.core.refuse(msg.rid, Failure.of(error))
+            self.core.refuse(msg.rid, Failure.of(error, "grammar"))
             return
         self._stalled = False
         self._pacer.came()

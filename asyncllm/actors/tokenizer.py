@@ -285,7 +285,7 @@ class Tokenizer(Actor[Inbox]):
         except TimeoutError:
             self.spawn(self._late(number, work))
             detail = f"the prompt could not be prepared in {self._time_limit_s:g} s"
-            return PromptEncoded(number, failure=Failure(detail), frees=False)
+            return PromptEncoded(number, failure=Failure(detail, param="prompt"), frees=False)
         except RequestError as error:
             return PromptEncoded(number, failure=Failure.of(error))
 
@@ -362,7 +362,8 @@ class Tokenizer(Actor[Inbox]):
                 self._check_prediction(len(prediction))
             return PromptEncoded(number, ids, head=head, cut=cut, prediction=prediction)
         except UnicodeEncodeError as error:
-            raise RequestError("the prompt is not valid Unicode: a lone surrogate") from error
+            message = "the prompt is not valid Unicode: a lone surrogate"
+            raise RequestError(message, param="prompt") from error
 
     def _encoded(
         self, text: str, encode: Callable[[str], array[int]], msg: Tokenize | CountTokens
@@ -397,11 +398,11 @@ class Tokenizer(Actor[Inbox]):
         if at_least <= self._input_limit:
             return
         if isinstance(msg, CountTokens):
-            most = self._input_limit * self._chars_per_token
+            limit, each = self._input_limit, self._chars_per_token
             raise RequestError(
-                f"at least {num_chars} characters are too many to be counted: at most {most} are,"
-                f" {self._chars_per_token} for each of {self._input_limit} tokens"
-                f" ({self._input_flag})",
+                f"at least {num_chars} characters are too many to be counted: at most"
+                f" {limit * each} are, {each} for each of {limit} tokens ({self._input_flag})",
+                param="prompt",
                 code=PromptTooLong.code,
             )
         raise self._too_long_prompt(
@@ -419,11 +420,9 @@ class Tokenizer(Actor[Inbox]):
     def _check_ids(self, ids: array[int], name: str) -> None:
         """Raises RequestError for a token id that the model has no row for."""
         if not are_below(self._vocab_size, ids):
-            tokens = np.frombuffer(ids, np.uint32)
-            bad = tokens >= self._vocab_size
+            bad = ids[(np.frombuffer(ids, np.uint32) >= self._vocab_size).argmax()]
             raise RequestError(
-                f"token id {ids[bad.argmax()]} is not in the vocabulary"
-                f" (0 to {self._vocab_size - 1})",
+                f"token id {bad} is not in the vocabulary (0 to {self._vocab_size - 1})",
                 param=name,
             )
 

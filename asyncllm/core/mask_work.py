@@ -48,7 +48,7 @@ def work(jobs: Sequence[Job], clock: Callable[[], float] = thread_time) -> list[
         except ResampleToken:
             verdict = Verdict.AGAIN
         except RequestError as error:
-            verdict, failure = Verdict.REFUSED, Failure.of(error)
+            verdict, failure = Verdict.REFUSED, Failure.of(error, "grammar")
         now = clock()
         done.append(ConstraintDone(job.rid, verdict, now - before - ahead_s, ahead_s, failure, num))
         before = now

@@ -111,7 +111,8 @@ class RequestLifecycle:
         else:
             self.waiting.append(client, rid, req)
         if not prompt:
-            self._end(req, FinishReason.ERROR, failure=Failure("the prompt has no tokens"))
+            failure = Failure("the prompt has no tokens", param="prompt")
+            self._end(req, FinishReason.ERROR, failure=failure)
         elif req.known_len > self.num_slots:
             self._fail_too_large(req)
         else:
@@ -268,7 +269,9 @@ class RequestLifecycle:
             f"the request holds {req.known_len:,} tokens ({len(req.prompt):,} of them prompt), the "
             f"KV cache has room for {self.num_slots:,} (--max_total_token_num, --mem_fraction)"
         )
-        failure = Failure(detail, status=500 if req.outputs else 400)
+        failure = Failure(detail, param="prompt")
+        if req.outputs:
+            failure = Failure(detail, status=500)
         self._end(req, FinishReason.ERROR, failure=failure)
 
     def _fail_too_slow(self, req: Request) -> None:
@@ -276,7 +279,7 @@ class RequestLifecycle:
             f"finding out which tokens the constraint allows has taken {req.worked_s:.1f} s of CPU"
             f" time, limit {self._line.limit_s:g} (--constraint_time_limit): simplify it"
         )
-        self._end(req, FinishReason.ERROR, failure=Failure(detail))
+        self._end(req, FinishReason.ERROR, failure=Failure(detail, param="grammar"))
 
     def _end(
         self,

@@ -305,7 +305,7 @@ class SchedulerCore(DraftScheduler):
             try:
                 whole = req.constraint.accept(token)
             except RequestError as error:
-                self._end(req, FinishReason.ERROR, failure=Failure.of(error))
+                self._end(req, FinishReason.ERROR, failure=Failure.of(error, "grammar"))
                 return
             except ResampleToken:
                 self._again(req)

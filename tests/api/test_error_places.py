@@ -13,10 +13,12 @@ import pytest
 
 from asyncllm.api.anthropic import request as anthropic
 from asyncllm.api.common.conversation import parsed_arguments
+from asyncllm.api.common.errors import from_failure
 from asyncllm.api.lightllm import request as lightllm
 from asyncllm.api.openai import request as openai
 from asyncllm.api.tgi import request as tgi
-from asyncllm.errors import RequestError
+from asyncllm.errors import RequestError, RequestFault, ServerBusy
+from asyncllm.records import Failure
 from tests.api.harness import HI, SERVED, chat_request
 from tests.api.responses.harness import ask
 
@@ -170,3 +172,55 @@ def test_half_a_character_in_arguments_that_a_model_wrote_is_text() -> None:
     assert parsed_arguments(said) == said
     call = {"type": "function_call", "call_id": "i", "name": "f", "arguments": said}
     ask(input=[call, {"type": "function_call_output", "call_id": "i", "output": "x"}])
+
+
+STRICT = [{"type": "function", "function": FUNCTION}]
+FORMATTED = {"type": "json_schema", "json_schema": FORM}
+CHAT_FIELDS = ("messages", "max_tokens")
+
+
+def _of_chat(body: dict[str, Any]) -> Any:
+    return openai.chat({"messages": HI, **body}, SERVED)
+
+
+def _of_completion(body: dict[str, Any]) -> Any:
+    return openai.completion({"prompt": "x", **body}, SERVED)
+
+
+def _of_parameters(parameters: dict[str, Any]) -> Any:
+    body = {"inputs": "x", "parameters": parameters}
+    return lightllm.generate(body, SERVED, stream=False)
+
+
+@pytest.mark.parametrize(
+    ("read", "body", "named"),
+    [
+        (_of_chat, {"response_format": FORMATTED}, (*CHAT_FIELDS, "response_format")),
+        (_of_chat, {"guided_choice": ["a"]}, (*CHAT_FIELDS, "guided_choice")),
+        (_of_chat, {"structured_outputs": {"regex": "a"}}, (*CHAT_FIELDS, "structured_outputs")),
+        (_of_chat, {"tools": STRICT}, (*CHAT_FIELDS, "tools")),
+        (_of_chat, {"tools": STRICT, "tool_choice": "required"}, (*CHAT_FIELDS, "tools")),
+        (_of_chat, {"functions": [FUNCTION], "function_call": {"name": "f"}}, (*CHAT_FIELDS, "functions")),
+        (_of_chat, {"max_completion_tokens": 9, "guided_regex": "a"}, ("messages", "max_completion_tokens", "guided_regex")),
+        (_of_completion, {"guided_grammar": "json"}, ("prompt", "max_tokens", "guided_grammar")),
+        (lambda body: ask(**body).generation, {"text": {"format": {"type": "json_object"}}}, ("input", "max_output_tokens", "text.format")),
+        (lambda body: ask(**body).generation, {"tools": [{**FLAT, "strict": True}]}, ("input", "max_output_tokens", "tools")),
+        (_of_parameters, {"regular_constraint": "a"}, ("inputs", "parameters.max_new_tokens", "parameters.regular_constraint")),
+        (lambda body: tgi.generate({"inputs": "x", "parameters": body}, SERVED, stream=False).generation,
+         {"grammar": {"type": "regex", "value": "a"}}, ("inputs", "parameters.max_new_tokens", "parameters.grammar")),
+    ],
+)  # fmt: skip
+def test_what_fails_behind_http_names_the_routes_field(
+    read: Callable[[dict[str, Any]], Any], body: dict[str, Any], named: tuple[str, ...]
+) -> None:
+    fields = read(body).fields
+    failures = [Failure("no", param=name) for name in ("prompt", "max_tokens", "grammar")]
+    assert tuple(from_failure(failure, fields).param for failure in failures) == named
+
+
+def test_what_is_not_the_clients_names_no_field() -> None:
+    assert from_failure(Failure("no")).param is None
+    assert from_failure(Failure("no", param="prediction")).param == "prediction"
+    assert Failure.of(RequestError("no"), "grammar").param == "grammar"
+    assert Failure.of(RequestError("no", param="prompt"), "grammar").param == "prompt"
+    assert [Failure.of(e, "grammar").param for e in (ServerBusy("no"), RequestFault())] == ["", ""]

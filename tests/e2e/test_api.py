@@ -527,7 +527,7 @@ def test_errors_before_headers_are_plain(stream: bool) -> None:
         def refuse(msg: Tokenize) -> Finished | None:
             bad = msg.text == "bad"
             detail = "This prompt exceeds the context window: 9 prompt tokens, limit 8"
-            failure = Failure(detail, "context_length_exceeded")
+            failure = Failure(detail, "context_length_exceeded", param="prompt")
             error = Finished(msg.rids[0], FinishReason.ERROR, failure)
             return error if bad else None
 
@@ -541,6 +541,7 @@ def test_errors_before_headers_are_plain(stream: bool) -> None:
         server.model.answer(second)
         status, answer = await post
         assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+        assert answer["error"]["param"] == "prompt"
         assert "exceeds the context window" in answer["error"]["message"]
         # the other prompts end too: nothing of this request goes on
         rids = {*first.rids, *second.rids, *third.rids}

@@ -5,8 +5,14 @@ Knows statuses, types and codes; knows neither aiohttp nor who raised.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
 from asyncllm.errors import RequestError
 from asyncllm.records import Failure
+
+NO_FIELDS: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 class NotAvailable(RequestError):
@@ -88,10 +94,11 @@ class NotServing(RequestError):
     code = "service_unavailable"
 
 
-def from_failure(failure: Failure) -> RequestError:
+def from_failure(failure: Failure, fields: Mapping[str, str] = NO_FIELDS) -> RequestError:
     """The error of a request that failed behind the HTTP layer.
 
     A status outside 400..599 counts as 500; without a code it gets the status's usual one.
+    ``fields``: see ``GenerationRequest``.
     """
     message, status = failure.detail, failure.status if failure.valid else 500
     error: RequestError = RequestError(message, code="invalid_value")
@@ -100,6 +107,7 @@ def from_failure(failure: Failure) -> RequestError:
     elif status >= 500:
         error = ServerFault(message) if status == 500 else NotServing(message)
     error.status, error.overflow = status, failure.overflow
+    error.param = fields.get(failure.param, failure.param) or None
     if failure.code:
         error.code = failure.code
     return error

@@ -6,7 +6,7 @@ Knows prompts, parameters and flags; knows neither JSON names nor answers.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -57,6 +57,8 @@ class GenerationRequest:
     tokens_as_ids: bool = False  # OpenAI: log-probabilities name tokens "token_id:ID"
     output_options: OutputOptions | None = None  # None: all text is content
     prediction: str | None = None  # what the answer may repeat; None: usage says nothing of it
+    # names of the body's fields, by those that ``Failure.param`` has for all routes
+    fields: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -256,6 +256,11 @@ def only(forms: Mapping[str, Grammar | None], at: str = "") -> Grammar | None:
     return forms[found[0]] if found else None
 
 
+def field_of(grammar: Grammar | None, forms: Mapping[str, Grammar | None], tools: str = "") -> str:
+    """The field that a request's grammar is from: one of ``forms``, else ``tools``."""
+    return next((name for name, form in forms.items() if form and form == grammar), tools)
+
+
 def without_tokens(form: Grammar | None, allowed: Sequence[int], name: str) -> None:
     """Raises RequestError where a grammar and a list of allowed tokens would both restrict."""
     if form is not None and allowed:

@@ -54,6 +54,7 @@ from asyncllm.core.request import SamplingParams
 AT: Final = "parameters."
 FORMS: Final = ("regular_constraint", "guided_json", "guided_grammar")
 MAX_SEQUENCE: Final = 256  # token ids in one stop sequence
+_FIELDS: Final = {"prompt": "inputs", "max_tokens": f"{AT}max_new_tokens"}
 
 _StopItem = Annotated[
     StopString | Annotated[Items[Token], Len(1, MAX_SEQUENCE)],
@@ -297,6 +298,7 @@ def generation(
         truncate=truncate,
         details=details,
         native=True,
+        fields=_FIELDS | {"grammar": f"{AT}{response_format.field_of(form, forms)}"},
     )
 
 

@@ -208,10 +208,10 @@ class CommonRequest(SamplingFields):
         mode="before",
     )(not_empty)  # fmt: skip
 
-    def form(self) -> Grammar | None:
-        """The output's form. Raises RequestError where there are several."""
+    def forms(self) -> dict[str, Grammar | None]:
+        """The output's forms by the names of their fields. Raises RequestError."""
         given, structured = self.response_format, self.structured_outputs
-        forms = {
+        return {
             "response_format": None if given is None else given.form,
             "guided_json": self.guided_json,
             "guided_regex": response_format.regex(self.guided_regex),
@@ -221,7 +221,6 @@ class CommonRequest(SamplingFields):
             if structured is None
             else structured.form("structured_outputs"),
         }
-        return response_format.only(forms)
 
 
 def _prompts(value: object, info: ValidationInfo) -> tuple[Prompt, ...]:
@@ -352,14 +351,16 @@ def completion(body: Body, served: ServedModel) -> GenerationRequest:
             f"best_of: {request.best_of} with n {request.n}; only best_of equal to n is available",
             param="best_of",
         )
-    logprobs = -1 if request.logprobs is None else request.logprobs
+    logprobs, forms = -1 if request.logprobs is None else request.logprobs, request.forms()
+    grammar = response_format.only(forms)
     return _generation(
         request,
         served,
         prompts=request.prompt,
         logprobs=logprobs,
         prompt_logprobs=logprobs if request.echo else -1,
-        grammar=request.form(),
+        grammar=grammar,
+        fields={"grammar": response_format.field_of(grammar, forms)},
         echo=request.echo,
         add_special_tokens=request.add_special_tokens,
         usual_max=served.completion_tokens,
@@ -379,11 +380,12 @@ def chat(body: Body, served: ServedModel) -> GenerationRequest:
     opening, continued = request.add_generation_prompt, request.continue_final_message
     if continued:
         _check_end(messages, opening)
+    forms = request.forms()
     made = prepare_chat(
         messages,
         served.dialect,
         tool_request=_tool_request(request),
-        grammar=request.form(),
+        grammar=response_format.only(forms),
         thinking=False if request.allowed_token_ids else None,  # they hold from the start
         effort=request.reasoning_effort,
         kwargs=kwargs,
@@ -401,6 +403,12 @@ def chat(body: Body, served: ServedModel) -> GenerationRequest:
         prompts=(made.prompt,),
         logprobs=request.top_logprobs if request.logprobs else -1,
         grammar=made.grammar,
+        fields={
+            "prompt": "messages",
+            "grammar": response_format.field_of(
+                made.grammar, forms, "functions" if request.functions else "tools"
+            ),
+        },
         max_thinking_tokens=_thinking_limit(request),
         add_special_tokens=False,
         output_options=made.output_options,
@@ -452,6 +460,7 @@ def _generation(
     logprobs: int,
     prompt_logprobs: int = -1,
     grammar: Grammar | None,
+    fields: dict[str, str],
     max_thinking_tokens: int | None = None,
     **more: Unpack[_RouteFields],
 ) -> GenerationRequest:
@@ -497,6 +506,7 @@ def _generation(
         continuous_usage=options.continuous_usage_stats,
         token_ids=request.return_token_ids,
         tokens_as_ids=request.return_tokens_as_token_ids,
+        fields={**fields, "max_tokens": told},
         **more,
     )
 

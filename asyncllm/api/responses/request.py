@@ -218,6 +218,14 @@ def read(body: Body, served: ServedModel, store: ResponseStore) -> ResponsesRequ
         add_special_tokens=False,
         output_options=made.output_options,
         omitted_tools=given.hosted,
+        fields={
+            "prompt": "input",
+            "messages": "input",
+            "max_tokens": "max_output_tokens",
+            "grammar": response_format.field_of(
+                made.grammar, {"text.format": request.text.format.form}, "tools"
+            ),
+        },
     )
     return ResponsesRequest(
         generation=generation, messages=messages, echo=_echo(body, request), tools=given
