@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from asyncllm.environment import child_environment, python_command
-from asyncllm.errors import StartupError
+from asyncllm.errors import StartupError, reason_of
 from asyncllm.gguf_folder import texts
 from asyncllm.log import ProgressBar
 from asyncllm.models.gguf import GgufFile, forget, read_gguf
@@ -71,7 +71,8 @@ def ensure_demo_model(cache_dir: Path, bar: Bar = ProgressBar) -> Path:
                 _make(root, target, bar)
     except OSError as err:
         raise StartupError(
-            f"cannot keep the embedded model in {root}: {err} (ASYNCLLM_CACHE names another folder)"
+            f"cannot keep the embedded model in {root}: {reason_of(err)} (ASYNCLLM_CACHE names "
+            "another folder)"
         ) from err
     return target
 

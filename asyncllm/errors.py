@@ -77,6 +77,11 @@ class ServerBusy(RequestError):
     code = "rate_limit_exceeded"
 
 
+def reason_of(error: Exception) -> str:
+    """Why it was raised, without the number and the file that the system's errors repeat."""
+    return str(error.strerror or error) if isinstance(error, OSError) else str(error)
+
+
 class StartupError(AsyncllmError):
     """The server cannot start as configured; the message is the whole explanation."""
 

@@ -11,7 +11,7 @@ import tempfile
 from hashlib import sha256
 from pathlib import Path
 
-from asyncllm.errors import StartupError
+from asyncllm.errors import StartupError, reason_of
 from asyncllm.gguf_text import tokenizer_files
 from asyncllm.models.checkpoint import GGUF
 from asyncllm.models.gguf import GgufFile, read_gguf
@@ -54,8 +54,8 @@ def gguf_folder(file: Path, cache_dir: Path) -> Path:
                     raise
     except OSError as error:
         raise StartupError(
-            f"cannot keep what {file} says of itself in {root}: {error} (ASYNCLLM_CACHE names "
-            f"another folder)"
+            f"cannot keep what {file} says of itself in {root}: {reason_of(error)} "
+            "(ASYNCLLM_CACHE names another folder)"
         ) from error
     return target
 

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from asyncllm.control_tokens import LONGEST, MOST, ControlTokens
 from asyncllm.core.detokenize import PieceTable, TextStream, WindowStream
-from asyncllm.errors import StartupError
+from asyncllm.errors import StartupError, reason_of
 from asyncllm.plain import Json, JsonObject, typed
 from asyncllm.spm import read_sentencepiece
 from asyncllm.tekken import NAMED, byte_characters, read_tekken
@@ -225,7 +225,7 @@ def _read(folder: Path, mode: Mode, own_code: bool) -> tuple[Tokenizer, dict[str
         try:
             return Tokenizer.from_buffer(file.read_bytes()), {}
         except (OSError, ValueError) as error:
-            raise StartupError(f"cannot read {file}: {error}") from error
+            raise StartupError(f"cannot read {file}: {reason_of(error)}") from error
     if own_code or not (sentences.is_file() or tekken.is_file()):
         return None
     if mode == "slow":
@@ -495,7 +495,7 @@ def _json(path: Path) -> JsonObject:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise StartupError(f"cannot read {path}: {error}") from error
+        raise StartupError(f"cannot read {path}: {reason_of(error)}") from error
     if not isinstance(content, dict):
         raise StartupError(f"{path} is not a JSON object")
     return content
@@ -567,5 +567,5 @@ def _templates(folder: Path, config: JsonObject) -> dict[str, str]:
             try:
                 found[name] = path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise StartupError(f"cannot read {path}: {error}") from error
+                raise StartupError(f"cannot read {path}: {reason_of(error)}") from error
     return found

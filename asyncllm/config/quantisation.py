@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from asyncllm.errors import StartupError
+from asyncllm.errors import StartupError, reason_of
 from asyncllm.models.quantization import TYPES, Override, WeightTypes
 from asyncllm.models.spec import MlpSpec, ModelSpec
 
@@ -228,7 +228,7 @@ def _read(path: Path) -> Mapping[str, object]:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise StartupError(f"--quant_cfg {path} cannot be read: {error}") from None
+        raise StartupError(f"--quant_cfg {path} cannot be read: {reason_of(error)}") from None
     try:
         found = json.loads(text)
     except ValueError:

@@ -288,9 +288,11 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         # memory that other processes hold on this GPU counts against our share
-        budget = int(total * sizes.mem_fraction) - (total - free) - weights - work
+        share = int(total * sizes.mem_fraction) - (total - free)
+        budget = share - weights - work
     else:
-        room = int(memory_available() * sizes.mem_fraction / sizes.ranks) - weights - work
+        share = int(memory_available() * sizes.mem_fraction / sizes.ranks)
+        room = share - weights - work
         budget = room if sizes.max_total_token_num else min(room, CPU_KV_BYTES // sizes.ranks)
     wanted = sizes.max_total_token_num
     num = division.fit(max(budget, 0), wanted)
@@ -299,17 +301,28 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
         needed = division.nbytes(division.balanced(wanted))
         raise StartupError(
             f"--max_total_token_num {wanted:,} needs {needed / 2**30:.2f} GiB of KV, but "
-            f"{max(budget, 0) / 2**30:.2f} GiB = {fits:,} slots are left of --mem_fraction "
-            f"{sizes.mem_fraction} after weights ({weights / 2**30:.2f} GiB) and workspace "
-            f"({work / 2**30:.2f} GiB)"
+            f"{max(budget, 0) / 2**30:.2f} GiB = {fits:,} slots are left of "
+            f"{_share(sizes, share, device)} after weights ({weights / 2**30:.2f} GiB) and "
+            f"workspace ({work / 2**30:.2f} GiB)"
         )
     if fits < 1:
+        # ranks share the memory of a machine; a GPU has its own
+        fewer = "lower --tp, " * (device.type == "cpu" and sizes.ranks > 1)
+        more = ", or use a higher --tp" * (device.type == "cuda")
         raise StartupError(
             f"no memory is left for KV: weights take {weights / 2**30:.2f} GiB, workspace "
-            f"{work / 2**30:.2f} GiB of --mem_fraction {sizes.mem_fraction} (lower "
-            f"--batch_max_tokens or --running_max_req_size, or use a higher --tp)"
+            f"{work / 2**30:.2f} GiB of {_share(sizes, share, device)} ({fewer}lower "
+            f"--batch_max_tokens or --running_max_req_size{more})"
         )
     return MemoryPlan(weights, work, num, division, model.site.quantisation.tally, moving)
+
+
+def _share(sizes: Sizes, share: int, device: torch.device) -> str:
+    """What a rank may take, in words."""
+    text = f"{max(share, 0) / 2**30:.2f} GiB (--mem_fraction {sizes.mem_fraction}"
+    if device.type == "cpu" and sizes.ranks > 1:
+        text += f", divided among {sizes.ranks:,} ranks (--tp)"
+    return f"{text})"
 
 
 def division_of(spec: ModelSpec, max_len: int, model: Model) -> SlotDivision:

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from asyncllm.errors import StartupError
+from asyncllm.errors import StartupError, reason_of
 
 Meta = Mapping[str, Any]  # the metadata of a file
 
@@ -123,7 +123,7 @@ def read_gguf(path: Path) -> GgufFile:
         about = path.stat()
         return _read(path, about.st_size, about.st_mtime_ns)
     except (OSError, ValueError) as error:  # mmap refuses empty files and folders with these
-        raise StartupError(f"{path} cannot be read: {error}") from None
+        raise StartupError(f"{path} cannot be read: {reason_of(error)}") from None
 
 
 @lru_cache(maxsize=4)

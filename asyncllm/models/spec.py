@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from asyncllm.errors import StartupError
+from asyncllm.errors import StartupError, reason_of
 from asyncllm.models.config_numbers import count, number, truth
 from asyncllm.models.quant_config import StoredForm, kv_format, stored_form
 from asyncllm.models.registry import family
@@ -364,7 +364,9 @@ def generation_config(model_dir: Path) -> ConfigDict:
 def _read(path: Path) -> ConfigDict:
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise StartupError(f"{path} cannot be read: {reason_of(error)}") from None
+    except (ValueError, RecursionError) as error:
         raise StartupError(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise StartupError(f"{path} holds no JSON object")

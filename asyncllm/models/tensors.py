@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from asyncllm.errors import StartupError
+from asyncllm.errors import StartupError, reason_of
 from asyncllm.models.gguf_tensors import GgufWeights
 from asyncllm.models.unpickle import Pickles
 
@@ -162,7 +162,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise StartupError(f"{path} cannot be read: {error}") from None
+        raise StartupError(f"{path} cannot be read: {reason_of(error)}") from None
 
 
 class _Mapped:

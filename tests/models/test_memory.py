@@ -377,14 +377,21 @@ def test_reading_takes_no_more_than_is_planned(
 
 def test_what_does_not_fit_is_told_with_the_flag(tmp_path: Path) -> None:
     spec = ModelSpec.from_hf(make_config().to_dict(), {})
+    many = sizes(tp=1000, ranks=1000, mem_fraction=1e-6, max_total_token_num=None)
     with pytest.raises(
         StartupError, match=r"--max_total_token_num 1,000,000,000 needs .* GiB of KV"
     ):
         plan_memory(spec, sizes(max_total_token_num=10**9), CPU)
     with pytest.raises(
-        StartupError, match=r"no memory is left for KV: weights take .*--mem_fraction"
+        StartupError,
+        match=r"no memory is left for KV: weights take .* of 0.00 GiB \(--mem_fraction 1e-06\) \(lower --batch_max_tokens or --running_max_req_size\)$",
     ):
         plan_memory(spec, sizes(mem_fraction=1e-6, max_total_token_num=None), CPU)
+    with pytest.raises(
+        StartupError,
+        match=r"of .* GiB \(--mem_fraction 1e-06, divided among 1,000 ranks \(--tp\)\) \(lower --tp, lower",
+    ):
+        plan_memory(spec, many, CPU)
     with pytest.raises(StartupError, match="--running_max_req_size 100,000 times"):
         plan_memory(spec, sizes(num_lanes=100_000, max_len=32768), CPU)
 
