@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from asyncllm.errors import StartupError
 from asyncllm.models.config_numbers import count
-from asyncllm.models.spec import VISION, ConfigDict, ModelSpec, text_part
+from asyncllm.models.spec import VISION, ConfigDict, ModelSpec, optional, text_part
 
 _DEFAULTS: ConfigDict = {
     "hidden_size": 2304,
@@ -59,20 +58,23 @@ def config_text(hf: ConfigDict) -> ConfigDict:
 
 
 def _with_windows(hf: ConfigDict, period: int) -> ConfigDict:
-    """``hf`` with the type of each layer: every ``period``-th layer has full attention."""
+    """``hf`` with the type of each layer: every ``period``-th layer has full attention; and with
+    the activation under the common name."""
     types = [
         "sliding_attention" if (layer + 1) % period else "full_attention"
         for layer in range(count(hf, "num_hidden_layers"))
     ]
-    return {**hf, "layer_types": hf.get("layer_types") or types}
+    activation = hf["hidden_activation"] or _DEFAULTS["hidden_activation"]
+    return {**hf, "layer_types": hf.get("layer_types") or types, "hidden_act": activation}
 
 
 def read(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
     """Reads what is specific in config.json."""
-    scale = count(hf, "query_pre_attn_scalar") ** -0.5
+    scale, cap = count(hf, "query_pre_attn_scalar") ** -0.5, optional(hf, "attn_logit_softcapping")
     return replace(
         spec,
-        layers=tuple(replace(layer, scale=scale) for layer in spec.layers),
+        layers=tuple(replace(layer, scale=scale, softcap=cap) for layer in spec.layers),
+        logit_softcap=optional(hf, "final_logit_softcapping"),
         norm_offset=1.0,
         sandwich_norms=True,
         embed_scale=spec.hidden_size**0.5,
@@ -81,17 +83,11 @@ def read(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
 
 def read3(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
     """Reads what differs from Gemma 2 in config.json: heads are normed instead of capped."""
-    _uncapped(spec, hf, "attn_logit_softcapping")
-    return replace(read(spec, hf), qk_norm=True)
+    spec = read(spec, hf)
+    layers = tuple(replace(layer, softcap=None) for layer in spec.layers)
+    return replace(spec, layers=layers, qk_norm=True)
 
 
 def read_text(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:
     """Reads what differs from Gemma 2 in the text part of config.json."""
-    _uncapped(spec, hf, "final_logit_softcapping")
-    return replace(read3(spec, hf), ignored=VISION)
-
-
-def _uncapped(spec: ModelSpec, hf: ConfigDict, name: str) -> None:
-    """Refuses a cap that transformers' class has a name for, and does not apply."""
-    if (cap := hf.get(name)) is not None:
-        raise StartupError(f"{spec.architecture} with {name} {cap!r} is not available yet")
+    return replace(read3(spec, hf), logit_softcap=None, ignored=VISION)

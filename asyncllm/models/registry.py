@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
@@ -26,13 +26,15 @@ class Family:
             the architecture's spec. "": the common names say it all.
         opener: called with config.json before anything is read, gives what of it describes the
             decoder, with the architecture's own defaults. "": that is all, and there are none.
+        turns_parts: rotary embeddings may turn a part of each head only.
 
-    The last two must not import torch.
+    Reader and opener must not import torch.
     """
 
     decoder: str
     reader: str = ""
     opener: str = ""
+    turns_parts: bool = False
 
     def config(self, hf: ConfigDict) -> ConfigDict:
         if not self.opener:
@@ -77,7 +79,7 @@ MODELS = {
     "Gemma2ForCausalLM": _common("gemma", "read", "config2"),
     "Gemma3ForCausalLM": _common("gemma", "read3", "config3"),
     "Gemma3ForConditionalGeneration": _common("gemma", "read_text", "config_text"),
-    "Phi3ForCausalLM": _common("phi3", "read", "config"),
+    "Phi3ForCausalLM": replace(_common("phi3", "read", "config"), turns_parts=True),
     "MixtralForCausalLM": _common("mixtral", "read", "config"),
     "Qwen2MoeForCausalLM": _common("qwen_moe", "read2", "config2"),
     "Qwen3MoeForCausalLM": _common("qwen_moe", "read3", "config3"),

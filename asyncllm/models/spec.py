@@ -13,7 +13,7 @@ from typing import Literal
 from asyncllm.errors import StartupError, reason_of
 from asyncllm.models.config_numbers import count, number, truth
 from asyncllm.models.quant_config import StoredForm, kv_format, stored_form
-from asyncllm.models.registry import family
+from asyncllm.models.registry import Family, family
 from asyncllm.models.rope import ConfigDict as ConfigDict
 from asyncllm.models.rope import Rope, reach, read_rope
 
@@ -26,15 +26,16 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }
-# unsupported keys that change the computation, and the value with which they do not
-_UNSERVED = {
-    "clip_qkv": None,
-    "full_attn_mod": 1,
-    "interpolate_factor": 1,
-    "lm_head_bias": None,
-    "qk_layernorm": None,
-    "rope_interleaved": None,
-    "use_bidirectional_attention": None,
+# unsupported keys that change the computation, and the values with which they do not, beside None
+_UNSERVED: dict[str, tuple[object, ...]] = {
+    "clip_qkv": (0, False),
+    "full_attn_mod": (0, 1),
+    "interpolate_factor": (0, 1),
+    "is_causal": (True,),
+    "lm_head_bias": (False,),
+    "qk_layernorm": (False,),
+    "rope_interleaved": (False,),
+    "use_bidirectional_attention": (False,),
 }
 # with and without "torch." before it
 _DTYPE_NAMES = {
@@ -227,7 +228,7 @@ class ModelSpec:
         architecture, served = family(hf.get("architectures"), hf.get("model_type"))
         hf = served.config(hf)
         for name, harmless in _UNSERVED.items():
-            if (value := hf.get(name)) and value != harmless:
+            if (value := hf.get(name)) is not None and value not in harmless:
                 raise StartupError(f"{architecture} with {name} {value!r} is not available yet")
         bias = truth(hf, "attention_bias")
         num_layers = count(hf, "num_hidden_layers")
@@ -255,9 +256,9 @@ class ModelSpec:
             kv_format=kv_format(quantization),
             qkv_bias=bias,
             out_bias=bias,
-            logit_softcap=_optional(hf, "final_logit_softcapping"),
         )
         spec = served.read(spec, hf)
+        _refuse_untaken(spec, hf, served)
         longest = reach((layer.rope for layer in spec.layers), spec.max_position)
         return replace(spec, max_position=longest)
 
@@ -338,18 +339,36 @@ def _attention(hf: ConfigDict, kind: str) -> AttentionSpec:
         scale=head_dim**-0.5,
         rope=read_rope(hf, head_dim, kind),
         window=count(hf, "sliding_window") if slides else None,
-        softcap=_optional(hf, "attn_logit_softcapping"),
     )
 
 
-def _optional(hf: ConfigDict, name: str) -> float | None:
+def _refuse_untaken(spec: ModelSpec, hf: ConfigDict, served: Family) -> None:
+    """Refuses what other architectures have, and transformers does not apply in this one."""
+    taken = {
+        "attn_logit_softcapping": all(layer.softcap for layer in spec.layers),
+        "final_logit_softcapping": spec.logit_softcap,
+    }
+    for name, cap in taken.items():
+        if hf.get(name) and not cap:
+            raise StartupError(f"{spec.architecture} with {name} {hf[name]!r} is not available yet")
+    for layer in spec.layers:
+        turned = layer.head_dim if layer.rope is None else layer.rope.dim
+        if layer.kind == "gqa" and turned != layer.head_dim and not served.turns_parts:
+            raise StartupError(
+                f"{spec.architecture} that turns {turned} of {layer.head_dim} elements of a head "
+                f"(partial_rotary_factor) is not available yet"
+            )
+
+
+def optional(hf: ConfigDict, name: str) -> float | None:
+    """The number ``name``; None: it is missing or null. Raises StartupError."""
     if hf.get(name) is None:
         return None
     return number(name, hf[name])
 
 
 def _activation(hf: ConfigDict) -> Activation:
-    name = hf.get("hidden_activation") or hf.get("hidden_act") or "silu"
+    name = hf.get("hidden_act") or "silu"
     if name not in _ACTIVATIONS:
         raise StartupError(f"hidden_act {name!r} is not available yet")
     return _ACTIVATIONS[name]

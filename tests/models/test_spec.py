@@ -532,7 +532,20 @@ def test_both_files_count(tmp_path: Path) -> None:
         ({"head_dim": -8}, "head_dim is -8: not a positive integer"),
         ({"hidden_size": 3}, "head_dim is 0: not a positive integer"),
         ({"vocab_size": 9.5}, "vocab_size is 9.5: not a positive integer"),
-        ({"attn_logit_softcapping": 0}, "attn_logit_softcapping is 0: not a positive number"),
+        (
+            {
+                "architectures": ["Gemma2ForCausalLM"],
+                "num_key_value_heads": 2,
+                "attn_logit_softcapping": 0,
+            },
+            "attn_logit_softcapping is 0: not a positive number",
+        ),
+        ({"final_logit_softcapping": 9}, "LlamaForCausalLM with final_logit_softcapping 9 is not"),
+        ({"is_causal": False}, "LlamaForCausalLM with is_causal False is not available yet"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            r"LlamaForCausalLM that turns 8 of 16 elements of a head \(partial_rotary_factor\)",
+        ),
         (
             {
                 "max_position_embeddings": 9,
