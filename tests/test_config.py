@@ -565,6 +565,13 @@ def test_gpu_options_are_a_warning_on_cpu(name: str) -> None:
     assert line == f"--{name} has no effect: it only applies to GPUs, and this is the CPU"
 
 
+@pytest.mark.parametrize("name", ["enable_ep_moe", "disable_symm_mem_allreduce"])
+def test_an_option_without_effect_for_two_reasons_is_one_warning(name: str) -> None:
+    config = Config(**{name: True})  # type: ignore[arg-type]
+    assert len(config.warnings) == 1
+    assert resolve(config, device="cpu").warnings == ()
+
+
 def test_cpu_count_is_the_affinity_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
     assert cpu_count() == 3

@@ -183,14 +183,14 @@ def _kv_mode(
 
 
 def _without_effect(config: Config, device: DeviceName, has_experts: bool) -> Iterator[str]:
-    """A line for each option without effect for this device or model."""
+    """A line for each option without effect for this device or model, if it has no line yet."""
     for name in GPU_ONLY:
-        if device == "cpu" and getattr(config, name):
+        if device == "cpu" and getattr(config, name) and config.applies(name):
             yield f"--{name} has no effect: it only applies to GPUs, and this is the CPU"
     kernel = KvMode.named(config.mode).kernel
     if device == "cpu" and kernel is not None:
         yield (f"--mode {kernel.name} has no effect: it names a GPU kernel, and this is the CPU")
-    if config.enable_ep_moe and not has_experts:
+    if config.enable_ep_moe and config.applies("enable_ep_moe") and not has_experts:
         yield "--enable_ep_moe has no effect: the model has no experts"
 
 

@@ -154,12 +154,16 @@ class Config(
         warnings += roles.unused(self)
         object.__setattr__(self, "warnings", tuple(dict.fromkeys((*self.warnings, *warnings))))
 
+    def applies(self, name: str) -> bool:
+        """Whether this option has an effect beside the others; if not, ``warnings`` has a line."""
+        needs = FLAGS[name].needs
+        return needs is None or needs.met(self)
+
     def _moot(self, name: str, value: Single | tuple[Single, ...]) -> Iterator[str]:
         """A line if this option has no effect. Raises StartupError if it cannot be honoured."""
-        option, given = FLAGS[name], _as_typed(name, value)
-        needs = option.needs
-        if needs is not None and not needs.met(self):
-            line = f"{given} has no effect: it only applies with {needs.text}"
+        needs = FLAGS[name].needs
+        if needs is not None and not self.applies(name):
+            line = f"{_as_typed(name, value)} has no effect: it only applies with {needs.text}"
             if needs.vital:
                 raise StartupError(line)
             yield line
