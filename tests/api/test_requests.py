@@ -222,7 +222,7 @@ def test_newer_name_of_max_tokens_wins() -> None:
     ("name", "value"),
     [("stop", ["a"] * 17), ("stop", "a" * 513), ("stop", [""]), ("stop", ["a", 1]),
      ("stop_token_ids", [100]), ("stop_token_ids", [-1]), ("stop_token_ids", ["1"]),
-     ("stop_token_ids", [1] * 129), ("logit_bias", {"x": 1}), ("logit_bias", {"-1": 1}),
+     ("stop_token_ids", [1] * 129), ("logit_bias", {"x": 1}), ("logit_bias", {"03": 1}), ("logit_bias", {"-1": 1}),
      ("logit_bias", {"1": 101}), ("logit_bias", {"1": "x"}), ("logit_bias", {"100": 1}),
      ("logit_bias", {str(i): 0 for i in range(301)}), ("allowed_token_ids", [100]),
      ("allowed_token_ids", "1"), ("allowed_token_ids", [1] * 4097),

@@ -41,7 +41,8 @@ from asyncllm.api.common.validation import (
 _IS_TOKEN = "a token id (0 .. vocabulary size - 1)"
 _TOKEN = Range(0, MAX_INT32, what=_IS_TOKEN)
 Token = TypeAliasType("Token", Annotated[Integer, _TOKEN])
-_KEY = re.compile("^[0-9]{1,10}$")
+# without leading zeros, with which a token could have two biases
+_KEY = re.compile("^(0|[1-9][0-9]{0,9})$")
 
 
 def _token_key(key: str) -> str:
