@@ -24,6 +24,8 @@ class DeviceFacts:
     capability: int  # 90 for 9.0
 
 
+# capabilities with much shared memory (CUDA programming guide, technical specifications)
+_WIDE = (80, 87, 90, 100, 101, 103, 110)
 _assumed: list[DeviceFacts] = []
 
 
@@ -46,6 +48,18 @@ def device_facts(device: torch.device) -> DeviceFacts:
 def _facts(device: torch.device) -> DeviceFacts:
     found = torch.cuda.get_device_properties(device)
     return DeviceFacts(found.name, found.multi_processor_count, 10 * found.major + found.minor)
+
+
+def capability(device: torch.device) -> int:
+    """The compute capability, 90 for 9.0; 0 where kernels are only interpreted."""
+    return 0 if device.type == "cpu" else device_facts(device).capability
+
+
+def is_narrow(device: torch.device) -> bool:
+    """Whether a program may have no more than 99 KiB of shared memory there, as on GPUs for
+    desktops and for inference; others have 163 or 227."""
+    found = capability(device)
+    return found not in _WIDE and found != 0
 
 
 def without_fp8(device: torch.device) -> str | None:

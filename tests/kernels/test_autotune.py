@@ -16,7 +16,7 @@ from asyncllm.kernels.attention.decode_plan import DecodeConfig, decode_config
 from asyncllm.kernels.attention.kv8 import KIND_NAMES
 from asyncllm.kernels.attention.prefill import PrefillConfig, block_pairs, prefill_config
 from asyncllm.kernels.autotune import DeviceFacts
-from asyncllm.kernels.latent.keys import AttendConfig
+from asyncllm.kernels.latent.keys import AttendConfig, attend_config
 from asyncllm.kernels.latent.prefill import LatentPrefillConfig
 from asyncllm.kernels.moe.experts import ExpertsConfig
 from asyncllm.kernels.quant.four_bits import FourBitsConfig
@@ -131,3 +131,28 @@ def test_blocks_are_small_where_large_ones_leave_multiprocessors_idle() -> None:
     assert block_pairs(64, 1 << 20, CPU) == 64
     assert block_pairs(4096, 128, CPU) == 64
     assert block_pairs(4096, 256, CPU) == 128
+
+
+@pytest.mark.parametrize(
+    ("capability", "latents", "block_m"),
+    [
+        (80, AttendConfig(32, 8, 5, 1), 128),
+        (89, AttendConfig(16, 8, 2, 1), 64),
+        (90, AttendConfig(32, 8, 5, 1), 128),
+        (100, AttendConfig(32, 8, 2, 1), 128),
+        (120, AttendConfig(16, 8, 2, 1), 64),
+    ],
+)
+def test_what_is_not_tuned_fits_the_shared_memory(
+    capability: int, latents: AttendConfig, block_m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As compiled by Triton 3.6 for each: 152,064, 94,208, 184,832, 213,552 and 94,208 bytes of
+    latents, and of heads of 256 106,624 bytes where blocks have 128 pairs."""
+    monkeypatch.setattr(autotune, "_assumed", [DeviceFacts("Not Tuned", 100, capability)])
+    gpu = torch.device("cuda")
+    for size in ("few", "many"):
+        assert attend_config(64, size, torch.bfloat16, gpu) == latents
+        assert attend_config(16, size, torch.bfloat16, gpu) == AttendConfig(32, 4, 5, 2)
+    assert attend_config(64, "many", torch.bfloat16, CPU) == AttendConfig(32, 8, 5, 1)
+    assert prefill_config(cache(256, gpu), 2, 128, 2).block_m == block_m
+    assert prefill_config(cache(128, gpu), 2, 128, 2) == prefill_config(cache(128, CPU), 2, 128, 2)

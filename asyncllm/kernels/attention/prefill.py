@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from asyncllm.kernels.attention.kv8 import KIND_NAMES, num_scales, packed_scales, read_ref
 from asyncllm.kernels.attention.prefill_keys import attend
 from asyncllm.kernels.attention.scores import padded, to_log2
-from asyncllm.kernels.autotune import num_sms, tuned
+from asyncllm.kernels.autotune import is_narrow, num_sms, tuned
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,6 +426,8 @@ def prefill_config(k_cache: Tensor, group: int, size: int, element_size: int) ->
         raise ValueError(f"head_dim {head_dim} is over 256")
     if group > 128:
         raise ValueError(f"{group} query heads per KV head: 128 at most")
+    if dim_pad == 256 and size == 128 and is_narrow(device):
+        found = _CONFIGS[dim_pad, 64]  # the larger block does not fit
     kind = KIND_NAMES.get(k_cache.dtype, "")
     if kind:
         found = _EIGHT_BITS.get((dim_pad, size), found)

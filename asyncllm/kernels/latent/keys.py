@@ -16,7 +16,7 @@ from torch import Tensor
 
 from asyncllm.kernels.attention.kv8 import by_power, float16_factor, kv_halves
 from asyncllm.kernels.attention.scores import padded
-from asyncllm.kernels.autotune import tuned
+from asyncllm.kernels.autotune import capability, is_narrow, tuned
 
 FEW, MANY = 16, 64  # pairs of a block: of one token with few heads, and of everything else
 
@@ -61,6 +61,11 @@ def attend_config(
         size: "few" or "many" items, or prefixes that are "shared".
     """
     found = _CONFIGS.get(f"{pairs} {size}") or _CONFIGS[f"{pairs}"]
+    if pairs == MANY:  # whose queries of 512 + 64 take 72 KiB of shared memory
+        if is_narrow(device):
+            found = replace(found, tile=16, num_stages=2)
+        elif capability(device) >= 100:  # there sums lie in it too
+            found = replace(found, num_stages=2)
     if entry := tuned(device, "latent", f"{pairs} {size}"):
         found = AttendConfig(**entry)
     if element.itemsize > 2:
