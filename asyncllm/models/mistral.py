@@ -41,7 +41,7 @@ def config(hf: ConfigDict) -> ConfigDict:
 
 def config3(hf: ConfigDict) -> ConfigDict:
     """config.json of Ministral 3, whose query scaling is among the rotary parameters."""
-    hf = with_windows(_DEFAULTS3 | hf)
+    hf = with_windows(_DEFAULTS3 | hf, alike=True)
     told = hf.pop("rope_scaling", None) or hf["rope_parameters"]
     given = dict(told or _DEFAULTS3["rope_parameters"])
     beta = given.pop("llama_4_scaling_beta", None)
@@ -59,10 +59,22 @@ def config_text(hf: ConfigDict) -> ConfigDict:
     return makers[kind](text)
 
 
-def with_windows(hf: ConfigDict) -> ConfigDict:
-    """``hf`` with the type of each layer."""
+def with_windows(hf: ConfigDict, *, alike: bool = False) -> ConfigDict:
+    """``hf`` with the type of each layer.
+
+    Args:
+        alike: the window decides for all layers, whatever ``layer_types`` says.
+
+    Raises:
+        StartupError: it says something else then.
+    """
     kind = "full_attention" if hf.get("sliding_window") is None else "sliding_attention"
     types = hf.get("layer_types") or [kind] * count(hf, "num_hidden_layers")
+    if alike and (others := [each for each in types if each != kind]):
+        raise StartupError(
+            f"layer_types with {others[0]!r} where sliding_window {hf.get('sliding_window')} makes "
+            f"all layers {kind!r} are not available yet"
+        )
     return {**hf, "layer_types": types}
 
 

@@ -20,7 +20,7 @@ _DEFAULTS: ConfigDict = {
 def config(hf: ConfigDict) -> ConfigDict:
     """config.json of Mixtral: all layers have the window, if there is one."""
     num_experts = hf.get("num_local_experts") or hf.get("num_experts") or 8
-    return with_windows({**_DEFAULTS, **hf, "num_local_experts": num_experts})
+    return with_windows({**_DEFAULTS, **hf, "num_local_experts": num_experts}, alike=True)
 
 
 def read(spec: ModelSpec, hf: ConfigDict) -> ModelSpec:

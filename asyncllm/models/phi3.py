@@ -19,7 +19,7 @@ _DEFAULTS: ConfigDict = {
 
 def config(hf: ConfigDict) -> ConfigDict:
     """config.json of Phi-3, whose first versions name longrope differently."""
-    hf = with_windows(_DEFAULTS | hf)
+    hf = with_windows(_DEFAULTS | hf, alike=True)
     scaling = rope_values(hf)
     if (scaling.get("rope_type") or scaling.get("type")) in {"su", "yarn"}:
         hf["rope_scaling"] = {**scaling, "rope_type": "longrope"}

@@ -46,7 +46,7 @@ def config3(hf: ConfigDict) -> ConfigDict:
     """config.json of Qwen3-MoE: all layers slide, if any."""
     window = hf.get("sliding_window", 4096) if truth(hf, "use_sliding_window") else None
     own = {"num_experts": _num_experts(hf, 128), "sliding_window": window}
-    return mistral.with_windows({**_DEFAULTS3, **hf, **own})
+    return mistral.with_windows({**_DEFAULTS3, **hf, **own}, alike=True)
 
 
 def _num_experts(hf: ConfigDict, default: int) -> int:

@@ -540,6 +540,21 @@ def test_both_files_count(tmp_path: Path) -> None:
             },
             "attn_logit_softcapping is 0: not a positive number",
         ),
+        (
+            {
+                "architectures": ["Phi3ForCausalLM"],
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            },
+            "layer_types with 'sliding_attention' where sliding_window None makes all layers 'full",
+        ),
+        (
+            {
+                "architectures": ["Ministral3ForCausalLM"],
+                "layer_types": ["full_attention"] * 3,
+                "sliding_window": 8,
+            },
+            "layer_types with 'full_attention' where sliding_window 8 makes all layers 'sliding_a",
+        ),
         ({"final_logit_softcapping": 9}, "LlamaForCausalLM with final_logit_softcapping 9 is not"),
         ({"is_causal": False}, "LlamaForCausalLM with is_causal False is not available yet"),
         (
