@@ -241,6 +241,19 @@ def test_strings(grammars: GrammarEngine, schema: Any, good: list[str], bad: lis
 
 
 @pytest.mark.parametrize(
+    ("gone", "good", "bad"),
+    [([1], ["-1", "0", "11"], ["1"]),
+     ([0, -2.5], ["2.5", "-2", "0.5"], ["0", "-0", "-0.0", "-2.5", "-2.50"])],
+)  # fmt: skip
+def test_a_number_that_must_not_come_leaves_that_of_the_other_sign(
+    grammars: GrammarEngine, gone: list[float], good: list[str], bad: list[str]
+) -> None:
+    at = matcher(grammars, "schema", json.dumps({"type": "number", "not": {"enum": gone}}))
+    assert [text for text in good if not takes(at, text)] == []
+    assert [text for text in bad if takes(at, text)] == []
+
+
+@pytest.mark.parametrize(
     ("low", "high"),
     [(0, 257), (257, 257), (200, 300), (255, 1000), (300, None), (600, 700), (0, 1024)],
 )

@@ -103,4 +103,5 @@ def spellings(value: Fraction) -> str:
     """An expression of what has the value, and perhaps of more."""
     whole, places = _digits(abs(value))
     plain = f"{whole}\\.{places}0*" if places else f"{whole}(?:\\.0+)?"
-    return f"(?:{'-' if value < 0 else '-?'}{plain}|.*[eE].*)"
+    sign = "-" if value < 0 else "-?" if value == 0 else ""
+    return f"(?:{sign}{plain}|.*[eE].*)"
