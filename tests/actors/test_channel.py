@@ -37,7 +37,7 @@ from tests.actors.test_transport import run
 KEYS = CurveKeys.make()
 FACTS = (("model", "m1"), ("tokenizer", "t1"), ("max_req_total_len", "2048"))
 DEAD_AFTER_S = 4.0
-WAIT_S = 15.0
+WAIT_S = 45.0
 
 
 class Owner(Actor[PeerMessage | PeerJoined | PeerLeft | PeerRefused]):

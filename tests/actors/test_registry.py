@@ -40,7 +40,7 @@ from tests.actors.test_transport import run
 
 KEYS = CurveKeys.make()
 DEAD_AFTER_S = 4.0
-WAIT_S = 15.0
+WAIT_S = 45.0
 HTTP_PORT = 60088  # at which nobody is asked here
 
 

@@ -44,7 +44,7 @@ class Sink(Actor[StepFinished]):
 
 def run(main: Coroutine[Any, Any, Any]) -> Any:
     async def bounded() -> Any:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             return await main
 
     return uvloop.run(bounded())
