@@ -91,7 +91,9 @@ def result(a: argparse.Namespace, records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _ms(seconds: Sequence[float], shares: dict[str, float], digits: int) -> dict[str, float]:
+def _ms(seconds: Sequence[float], shares: dict[str, float], digits: int) -> dict[str, float | None]:
+    if not seconds:  # NaN is not JSON
+        return dict.fromkeys(shares)
     return {k: round(1e3 * percentile(seconds, share), digits) for k, share in shares.items()}
 
 
