@@ -529,7 +529,7 @@ def scheduling(num_rows: int, size: int | None = None) -> None:
         ledger = WindowLedger(PerSpace(num_rows * 600, num_rows * 600), Window(size))
     params = SamplingParams(max_new_tokens=500, ignore_eos=True)
     for rid in range(num_rows):
-        core.add(rid, array("i", [rid % 251 + j for j in range(16)]), params)
+        core.add(Submit(rid, array("i", [rid % 251 + j for j in range(16)]), params))
     spent = {"propose": 0.0, "reserve": 0.0, "plan": 0.0, "commit": 0.0}
     lows = dict.fromkeys(spent, float("inf"))
     clock = time.thread_time

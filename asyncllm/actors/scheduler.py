@@ -217,18 +217,7 @@ class Scheduler(Actor[Inbox]):
             return
         self._stalled = False
         self._pacer.came()
-        self.core.add(
-            msg.rid,
-            msg.prompt,
-            msg.params,
-            constraint,
-            msg.after,
-            msg.client,
-            outputs=msg.outputs,
-            imports=msg.imports,
-            exports=msg.exports,
-            prediction=msg.prediction,
-        )
+        self.core.add(msg, constraint)
 
     def stopped(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -14,13 +14,12 @@ from asyncllm.constrain.healing import Healing
 from asyncllm.constrain.protocol import Constraint
 from asyncllm.core.fair_queue import FairQueue
 from asyncllm.core.mask_work import MaskWorkQueue
-from asyncllm.core.request import FinishReason, SamplingParams
+from asyncllm.core.request import FinishReason
 from asyncllm.core.steps import Emitted, Lane, Request, Step
 from asyncllm.core.transfer_tracker import TransferTracker
-from asyncllm.messages import Finished, StepPlan
-from asyncllm.records import Failure, KvDestination
+from asyncllm.messages import Finished, StepPlan, Submit
+from asyncllm.records import Failure
 
-NO_TOKENS = array(INT32)
 NO_STEP = Step(StepPlan(step=0, num_decode=0), [])
 
 
@@ -68,49 +67,31 @@ class RequestLifecycle:
         self._line = MaskWorkQueue(constraint_s)
         self._changed = False  # something ended or was released since the last proposal
 
-    def add(
-        self,
-        rid: int,
-        prompt: array[int],
-        params: SamplingParams,
-        constraint: Constraint | None = None,
-        after: int = -1,
-        client: int = 0,
-        *,
-        outputs: array[int] = NO_TOKENS,
-        imports: bool = False,
-        exports: KvDestination | None = None,
-        prediction: array[int] = NO_TOKENS,
-    ) -> None:
+    def add(self, msg: Submit, constraint: Constraint | None = None) -> None:
         """Queue a new request after its client's others; one that can never fit ends at once.
 
-        Args:
-            after: the rid of an earlier request with the same prompt and parameters, if any.
-            outputs: tokens already generated. A thread feeds them to the constraint.
-            imports, exports, prediction: as in ``Submit``.
+        A thread feeds ``msg.outputs`` to the constraint.
         """
+        rid = msg.rid
         assert rid not in self.requests, f"request {rid} submitted twice"
-        leaves = exports is not None
-        req = Request.of(
-            rid, prompt, params, self.eos_ids, outputs, imports=imports, exports=leaves
-        )
-        if exports is not None:
-            self.moves.export(rid, exports)
-        req.constraint, req.client, req.prediction = constraint, client, prediction
+        req = Request.of(msg, self.eos_ids)
+        if msg.exports is not None:
+            self.moves.export(rid, msg.exports)
+        req.constraint = constraint
         if constraint is not None:
             if constraint.slow(None):
                 req.todo.append((None, None, 0))
             req.todo.extend((token, None, 0) for token in req.outputs)
             if req.todo:
                 self._line.add(req)
-        first = self.requests.get(after) if self.share_prompts and req.shares else None
+        first = self.requests.get(msg.after) if self.share_prompts and req.shares else None
         self.requests[rid] = req
         if first is not None and not first.launched:
-            req.after = after
-            self.held.setdefault(after, []).append(req)
+            req.after = msg.after
+            self.held.setdefault(msg.after, []).append(req)
         else:
-            self.waiting.append(client, rid, req)
-        if not prompt:
+            self.waiting.append(req.client, rid, req)
+        if not msg.prompt:
             failure = Failure("the prompt has no tokens", param="prompt")
             self._end(req, FinishReason.ERROR, failure=failure)
         elif req.known_len > self.num_slots:

@@ -23,7 +23,7 @@ from asyncllm.constrain.protocol import NO_PATH, Constraint, Path
 from asyncllm.core.ngram_lookup import NgramLookup
 from asyncllm.core.request import SamplingParams
 from asyncllm.core.step_times import StepSize
-from asyncllm.messages import MAX_COUNT, StepDone, StepPlan
+from asyncllm.messages import MAX_COUNT, StepDone, StepPlan, Submit
 
 NO_TOKEN = -1  # in a plan: the lane's last sampled token; in a result: none came out
 
@@ -89,28 +89,20 @@ class Request:
     num_uncounted: int = 0  # outputs that only repeat the prompt's text
 
     @classmethod
-    def of(
-        cls,
-        rid: int,
-        prompt: array[int],
-        params: SamplingParams,
-        eos_ids: frozenset[int],
-        outputs: array[int],
-        *,
-        imports: bool = False,
-        exports: bool = False,
-    ) -> Request:
-        """From the fields of ``Submit``; ``max_new_tokens`` has been resolved to an int."""
-        if params.prompt_logprobs >= 0 and (outputs or imports):
+    def of(cls, msg: Submit, eos_ids: frozenset[int]) -> Request:
+        """From ``Submit``, whose ``max_new_tokens`` has been resolved to an int."""
+        params, outputs = msg.params, msg.outputs
+        if params.prompt_logprobs >= 0 and (outputs or msg.imports):
             params = replace(params, prompt_logprobs=-1)  # sent with the first of the outputs
         max_new = params.max_new_tokens
-        assert max_new is not None, f"request {rid}: max_new_tokens is unset"
+        assert max_new is not None, f"request {msg.rid}: max_new_tokens is unset"
         end_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             end_ids |= eos_ids
-        req = cls(rid, prompt, params, max_new, end_ids, outputs[:])
-        req.imports = req.lacks = imports
-        if exports:
+        req = cls(msg.rid, msg.prompt, params, max_new, end_ids, outputs[:])
+        req.client, req.prediction = msg.client, msg.prediction
+        req.imports = req.lacks = msg.imports
+        if msg.exports is not None:
             req.leaves_at = len(outputs) + 1
         req.grow(0)
         return req

@@ -12,7 +12,7 @@ from asyncllm.constrain.healing import Healing
 from asyncllm.constrain.vocabulary import Vocabulary, passes
 from asyncllm.core.request import SamplingParams
 from asyncllm.core.scheduling import SchedulerCore
-from asyncllm.messages import SlotsGranted
+from asyncllm.messages import SlotsGranted, Submit
 
 PIECES = [b"<s>", b"a", b"b", b"ab", b"abc", b"bc", b"c", b"<", b"", b"ba"]
 VOCAB = Vocabulary(PIECES, 12, special={0})
@@ -81,7 +81,7 @@ def test_a_request_gets_as_many_tokens_more() -> None:
     )  # fmt: skip
     params = SamplingParams(max_new_tokens=2)
     constraint = ConstraintFactory(12, (), vocab=VOCAB).of(params, "", (b"a", b"b"))
-    core.add(1, array("i", [9] * 4), params, constraint)
+    core.add(Submit(1, array("i", [9] * 4), params), constraint)
     out: list[int] = []
     for token in (1, 2, 6, 6, 6):
         if (proposal := core.propose()) is None:

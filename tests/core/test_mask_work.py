@@ -15,7 +15,7 @@ from asyncllm.core.request import FinishReason, SamplingParams
 from asyncllm.core.scheduling import SchedulerCore
 from asyncllm.core.steps import Request, Step
 from asyncllm.errors import RequestError
-from asyncllm.messages import SlotsGranted
+from asyncllm.messages import SlotsGranted, Submit
 from asyncllm.records import ConstraintDone
 from tests.core.test_scheduling import add, commit, grant, make, reasons, shape, step
 
@@ -53,7 +53,7 @@ class Slow(Constraint):
 
 def ask(core: SchedulerCore, rid: int, *, max_new: int = 5, loose: bool = False) -> Slow:
     made = Slow(loose)
-    core.add(rid, array("i", range(4)), SamplingParams(max_new_tokens=max_new), made)
+    core.add(Submit(rid, array("i", range(4)), SamplingParams(max_new_tokens=max_new)), made)
     return made
 
 
@@ -206,7 +206,7 @@ def test_a_request_over_its_budget_ends_alone() -> None:
 
 def waiting(rid: int) -> Request:
     packed = SamplingParams(max_new_tokens=5)
-    req = Request.of(rid, array("i", [1]), packed, frozenset(), array("i"))
+    req = Request.of(Submit(rid, array("i", [1]), packed), frozenset())
     req.constraint = Slow()
     req.todo.append((None, None, 0))
     return req
@@ -286,7 +286,8 @@ class Watched(Slow):
 def test_a_request_is_only_charged_for_its_own_tokens(own: int, ahead: int, ends: bool) -> None:
     ticks: Iterator[float] = count(0.0, 0.001)
     core = make(constraint_s=0.1)
-    core.add(1, array("i", [1]), SamplingParams(max_new_tokens=20), Watched(ticks, own, ahead))
+    submit = Submit(1, array("i", [1]), SamplingParams(max_new_tokens=20))
+    core.add(submit, Watched(ticks, own, ahead))
     for _ in range(6):
         for job in core.jobs(9, False):
             (done,) = mask_work.work([job._replace(ahead=8)], ticks.__next__)
@@ -332,7 +333,7 @@ def test_what_a_thread_has_left_undone_is_done_later() -> None:
 def resume(core: SchedulerCore, outputs: list[int], max_new: int = 9) -> Slow:
     made = Slow()
     params = SamplingParams(max_new_tokens=max_new)
-    core.add(1, array("i", range(4)), params, made, outputs=array("i", outputs))
+    core.add(Submit(1, array("i", range(4)), params, outputs=array("i", outputs)), made)
     return made
 
 

@@ -12,7 +12,7 @@ from asyncllm.core.request import FinishReason, SamplingParams
 from asyncllm.core.scheduling import SchedulerCore
 from asyncllm.core.steps import Step
 from asyncllm.core.windows import Window
-from asyncllm.messages import SlotsGranted
+from asyncllm.messages import SlotsGranted, Submit
 
 EOS = 2
 
@@ -40,7 +40,7 @@ def add(
 ) -> None:
     asked = SamplingParams(max_new_tokens=max_new, **params)
     ids = array("i", range(100, 100 + prompt_len))
-    core.add(rid, ids, asked, after=after, client=client)
+    core.add(Submit(rid, ids, asked, after=after, client=client))
 
 
 def grant(
@@ -132,7 +132,7 @@ def test_many_decode_rows_leave_prompts_half_a_chunk(chunk: int, half: int) -> N
 def test_a_constraint_waits_only_while_its_mask_depends_on_tokens_to_come() -> None:
     core = make()
     packed = SamplingParams(max_new_tokens=9)
-    core.add(1, array("i", range(4)), packed, Countdown(3))
+    core.add(Submit(1, array("i", range(4)), packed), Countdown(3))
     first, second = step(core), step(core)
     commit(core, first)
     third = step(core)
@@ -167,7 +167,7 @@ class Picky(Constraint):
 def test_a_token_that_came_too_early_is_sampled_again() -> None:
     core = make()
     packed = SamplingParams(max_new_tokens=5)
-    core.add(1, array("i", range(4)), packed, Picky())
+    core.add(Submit(1, array("i", range(4)), packed), Picky())
     add(core, 2, 4)
     first, second = step(core), step(core)
     commit(core, first, 5)
