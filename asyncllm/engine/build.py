@@ -307,11 +307,11 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
         )
     if fits < 1:
         # ranks share the memory of a machine; a GPU has its own
-        fewer = "lower --tp, " * (device.type == "cpu" and sizes.ranks > 1)
+        fewer = "--tp, " * (device.type == "cpu" and sizes.ranks > 1)
         more = ", or use a higher --tp" * (device.type == "cuda")
         raise StartupError(
             f"no memory is left for KV: weights take {weights / 2**30:.2f} GiB, workspace "
-            f"{work / 2**30:.2f} GiB of {_share(sizes, share, device)} ({fewer}lower "
+            f"{work / 2**30:.2f} GiB of {_share(sizes, share, device)} (lower {fewer}"
             f"--batch_max_tokens or --running_max_req_size{more})"
         )
     return MemoryPlan(weights, work, num, division, model.site.quantisation.tally, moving)

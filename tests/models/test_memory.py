@@ -389,7 +389,7 @@ def test_what_does_not_fit_is_told_with_the_flag(tmp_path: Path) -> None:
         plan_memory(spec, sizes(mem_fraction=1e-6, max_total_token_num=None), CPU)
     with pytest.raises(
         StartupError,
-        match=r"of .* GiB \(--mem_fraction 1e-06, divided among 1,000 ranks \(--tp\)\) \(lower --tp, lower",
+        match=r"of .* GiB \(--mem_fraction 1e-06, divided among 1,000 ranks \(--tp\)\) \(lower --tp, --batch_max_tokens or",
     ):
         plan_memory(spec, many, CPU)
     with pytest.raises(StartupError, match="--running_max_req_size 100,000 times"):
