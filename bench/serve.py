@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
 if __name__ == "__main__":
@@ -226,15 +226,21 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:g}" if isinstance(value, int) else f"{value:.2f}"
 
 
+def _leave(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
 @contextlib.contextmanager
 def running(
     command: Sequence[str], environment: dict[str, str], stdout: int
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process for the time of the block; what it started goes with it."""
+    """A process for the time of the block; what it started goes with it, also after SIGTERM."""
+    before = signal.signal(signal.SIGTERM, _leave)
     process = subprocess.Popen(command, env=environment, stdout=stdout, start_new_session=True)
     try:
         yield process
     finally:
+        signal.signal(signal.SIGTERM, before)
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)

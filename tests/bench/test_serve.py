@@ -7,6 +7,8 @@ import asyncio
 import json
 import os
 import random
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -214,6 +216,18 @@ def test_the_yardstick_has_its_figures() -> None:
         "itl_ms": {"p50": 10.0, "p99": 20.0, "max": 20.0}, "err0": ["429 busy"],
     }  # fmt: skip
     json.dumps(loadgen.result(a, records[2:]), allow_nan=False)  # no good answer, and yet JSON
+
+
+def test_what_a_script_started_ends_with_it() -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(SystemExit) as left,
+        serve.running(command, {}, subprocess.DEVNULL) as process,
+    ):
+        signal.raise_signal(signal.SIGTERM)
+    assert (left.value.code, process.returncode) == (143, -signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 async def run_script(*argv: str) -> tuple[int, str, str]:
