@@ -286,10 +286,10 @@ def measure(text: str, a: argparse.Namespace, seed: int, logs: Path) -> Figures:
     figures: Figures = {}
     with running(found, logs, a.start_timeout) as ready_s:
         for i, (name, options) in enumerate(a.loads.items()):
-            before = tails(found)
+            before, words = tails(found), f"--vocab {a.vocab} {options}"
             try:
                 # of its own, so that no load finds prompts of another one in the prefix cache
-                figures[name] = loads.run(found.url, options, 10_000 * seed + 10 * i)
+                figures[name] = loads.run(found.url, words, 10_000 * seed + 10 * i)
             except serve.BenchError as error:
                 raise serve.BenchError(f"{text}, {name}: {error}") from None
             sent, tail_ms = (now - then for now, then in zip(tails(found), before, strict=True))
@@ -365,6 +365,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME[=OPTIONS]",
         help=f"of {', '.join(loads.LOADS)}, or own",
     )
+    add("--vocab", type=serve.positive, default=128000, help="prompt ids are in [1000, VOCAB)")
     add("--visible", choices=("own", "all"), default="own", help="GPUs that a node sees")
     add("--start_timeout", type=float, default=600.0, help="seconds until all are ready")
     add("--logs", type=Path, help="folder for the processes' logs")

@@ -13,7 +13,7 @@ from bench.serve import BenchError
 from tests.conftest import TINY
 
 MODEL = {**TINY, "vocab_size": 1200}  # prompts of the bench have ids from 1000 on
-SMALL = "tiny=--n 6 --conc 3 --inp 20 --out 8 --vocab 1200 --procs 1 --warmup 1"
+SMALL = "tiny=--n 6 --conc 3 --inp 20 --out 8 --procs 1 --warmup 1"
 
 
 @pytest.fixture
@@ -83,7 +83,8 @@ def test_topologies_are_started_and_measured(
 ) -> None:
     out = tmp_path / "out.json"
     words = ["--model_dir", str(bench_dir), "--options", "--device cpu --data_type fp32"]
-    words += ["--rounds", "1", "--load", SMALL, "--logs", str(tmp_path), "--json", str(out)]
+    words += ["--rounds", "1", "--load", SMALL, "--vocab", "1200"]
+    words += ["--logs", str(tmp_path), "--json", str(out)]
     topologies = ["tp=2,nnodes=2", "p=1,d=1", "servers=2"]
     assert cluster.main([*words, *topologies]) == 0, capsys.readouterr().err
     found = json.loads(out.read_text())
