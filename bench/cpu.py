@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from asyncllm.demo import ensure_demo_model
-from asyncllm.environment import cache_dir, cpu_count
+from asyncllm.environment import cache_dir, cpu_count, python_command
 from bench.common import free_port
 
 PREFILLS = (512, 1500)
@@ -44,8 +44,10 @@ class Ours:
     def __init__(self, model_dir: Path, extra: list[str]) -> None:
         self.url = f"http://127.0.0.1:{(port := free_port())}"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "asyncllm", "--device", "cpu", "--model_dir", str(model_dir),
-             "--port", str(port), "--log_level", "warning", *extra],
+            python_command(
+                "-m", "asyncllm", "--device", "cpu", "--model_dir", str(model_dir),
+                "--port", str(port), "--log_level", "warning", *extra,
+            ),
             stdout=subprocess.PIPE,
         )  # fmt: skip
         assert self.process.stdout is not None

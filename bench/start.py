@@ -35,6 +35,8 @@ from pathlib import Path
 
 import torch
 
+from asyncllm.environment import python_command
+
 READY_S, STOP_S, POLL_S = 300.0, 60.0, 0.02
 HELPER = "compiler"  # what its log lines begin with
 PHASE = re.compile(
@@ -80,7 +82,7 @@ def with_bytecode(folder: Path) -> dict[str, str]:
 def imports(*names: str, env: Mapping[str, str]) -> float:
     """Seconds that a process takes to import these modules."""
     begin = time.time()
-    subprocess.run([sys.executable, "-c", f"import {', '.join(names)}"], env=env, check=True)
+    subprocess.run(python_command("-c", f"import {', '.join(names)}"), env=env, check=True)
     return time.time() - begin
 
 
@@ -95,7 +97,7 @@ def start_once(
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    command = [sys.executable, "-m", "asyncllm", *words, "--port", str(port)]
+    command = python_command("-m", "asyncllm", *words, "--port", str(port))
     env = {**env, "TRITON_CACHE_DIR": folder}
     day = time.localtime()
     midnight = time.time() - (day.tm_hour * 3600 + day.tm_min * 60 + day.tm_sec + time.time() % 1)
