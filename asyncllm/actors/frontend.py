@@ -300,9 +300,9 @@ class Frontend(Actor[Inbox]):
         return self._admission.retry_after_s()
 
     async def token_ids(
-        self, prompt: Prompt, *, add_special_tokens: bool = False, client: int = 0
+        self, prompt: Prompt, field: str, *, add_special_tokens: bool = False, client: int = 0
     ) -> array[int]:
-        """Tokens of a text, or of a chat's prompt.
+        """Tokens of a text, or of a chat's prompt, which ``field`` of the body holds.
 
         Raises:
             RequestError: 400, it is too long, or the template refuses the chat. ServerBusy: 429.
@@ -320,8 +320,7 @@ class Frontend(Actor[Inbox]):
         counted = await self._queries.answer_to(query, "the tokenizer")
         assert isinstance(counted, TokensCounted), counted
         if counted.failure is not None:
-            name = "text" if prompt.chat is None else "messages"
-            raise from_failure(counted.failure, {"prompt": name})
+            raise from_failure(counted.failure, {"prompt": field, "messages": field})
         return counted.ids
 
     def cancel(self, request_id: str) -> None:

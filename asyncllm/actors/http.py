@@ -288,7 +288,10 @@ class HttpRoutes:
     async def _tokens(self, request: web.Request) -> web.StreamResponse:
         text, add_special_tokens = lightllm.tokens(await self._body(request))
         ids = await self._front.token_ids(
-            Prompt(text=text), add_special_tokens=add_special_tokens, client=request[CLIENT]
+            Prompt(text=text),
+            "text",
+            add_special_tokens=add_special_tokens,
+            client=request[CLIENT],
         )
         return _json(sse.body({"ntokens": len(ids)}))
 
@@ -296,7 +299,10 @@ class HttpRoutes:
         served = self._front.served
         asked = tokenize.tokenize(await self._body(request), served)
         ids = await self._front.token_ids(
-            asked.prompt, add_special_tokens=asked.add_special_tokens, client=request[CLIENT]
+            asked.prompt,
+            "prompt" if asked.prompt.chat is None else "messages",
+            add_special_tokens=asked.add_special_tokens,
+            client=request[CLIENT],
         )
 
         def answer() -> bytes:
@@ -314,12 +320,12 @@ class HttpRoutes:
 
     async def _count_tokens(self, request: web.Request) -> web.StreamResponse:
         chat = anthropic.count(await self._body(request), self._front.served)
-        ids = await self._front.token_ids(Prompt(chat=chat), client=request[CLIENT])
+        ids = await self._front.token_ids(Prompt(chat=chat), "messages", client=request[CLIENT])
         return _json(sse.body({"input_tokens": len(ids)}))
 
     async def _count_input(self, request: web.Request) -> web.StreamResponse:
         chat = responses.count(await self._body(request), self._front.served, self._store)
-        ids = await self._front.token_ids(Prompt(chat=chat), client=request[CLIENT])
+        ids = await self._front.token_ids(Prompt(chat=chat), "input", client=request[CLIENT])
         return _json(sse.body({"object": "response.input_tokens", "input_tokens": len(ids)}))
 
     async def _response(self, request: web.Request) -> web.StreamResponse:

@@ -104,7 +104,8 @@ class Model(Actor[Any]):
                     if chat is not None:
                         text = json.loads(chat)["messages"][-1]["content"]
                     if self.refusal:
-                        self.front.tell(TokensCounted(query, failure=Failure(self.refusal)))
+                        failure = Failure(self.refusal, param="prompt")
+                        self.front.tell(TokensCounted(query, failure=failure))
                     elif self.counts:
                         ids = i32([*([EOS] if special else []), *text.encode()])
                         self.front.tell(TokensCounted(query, ids))

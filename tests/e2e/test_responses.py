@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from tests.e2e.fake_server import Server
-from tests.e2e.test_api import live
+from tests.e2e.test_api import HI, live
 
 RESPONSES = "/v1/responses"
 
@@ -38,6 +38,14 @@ async def test_counting_input(server: Server) -> None:
     assert await server.post(path, body) == (200, counted)
     for bad, param in (({}, "input"), ({"input": "a", "personality": "friendly"}, "personality")):
         status, got = await server.post(path, bad)
+        assert (status, got["error"]["param"]) == (400, param)
+    server.model.refusal = "too long"
+    for route, body, param in (
+        (path, {"input": "a"}, "input"),
+        ("/tokenize", {"prompt": "a"}, "prompt"),
+        ("/tokenize", {"messages": HI}, "messages"),
+    ):
+        status, got = await server.post(route, body)
         assert (status, got["error"]["param"]) == (400, param)
 
 
