@@ -48,6 +48,7 @@ from asyncllm.messages import (
     Started,
     TransferStats,
     Welcome,
+    WorkerOverrun,
     WorkerReplaced,
 )
 from asyncllm.topology import WORKERS
@@ -62,6 +63,7 @@ Inbox = (
     | Welcome
     | Cancel
     | WorkerReplaced
+    | WorkerOverrun
     | GroupFailed
     | ServerLost
     | Drain
@@ -131,7 +133,8 @@ class Watchdog(Actor[Inbox]):
         me, topology = self.system.endpoint, self.system.topology
         self._leads = me == topology.coordinator.id
         if self._leads:
-            several = REPORTER if len(topology.groups) > 1 else ()  # other leaders have metrics too
+            # other leaders have metrics, and send to HTTP workers, too
+            several = (*REPORTER, WorkerOverrun) if len(topology.groups) > 1 else ()
             # any node may get a signal or lose a group
             nodes = (Drain, GroupFailed) if len(topology.nodes) > 1 else ()
             self.remote = frozenset(
@@ -140,6 +143,7 @@ class Watchdog(Actor[Inbox]):
             self._absent = {e.id for e in topology.endpoints} - {me}
         else:
             self.remote = frozenset({Welcome, Halt, ServerLost})
+        self.system.on_overrun = self._overrun
         now = self._hooks.clock()
         self._due = now + self._hooks.tick_s
         self._beat_at = self._logged_at = now
@@ -173,6 +177,9 @@ class Watchdog(Actor[Inbox]):
                         self.system.ref("frontend", endpoint).tell(msg)
                 case WorkerReplaced():
                     self._replaced(msg)
+                case WorkerOverrun(endpoint):
+                    if endpoint in self._heard and self.system.topology[endpoint].replaceable:
+                        self._hooks.kill(endpoint)
                 case GroupFailed(group, why):
                     self._lose(group, why)
                 case ServerLost(why):
@@ -382,6 +389,10 @@ class Watchdog(Actor[Inbox]):
         log.error("%s: it is killed", what)
         del self._heard[peer]
         self._hooks.kill(peer)
+
+    def _overrun(self, worker: int) -> None:
+        """It has missed something, so it must not go on; the coordinator's process started it."""
+        self.system.at_coordinator("watchdog").tell(WorkerOverrun(worker))
 
     # -- the end --------------------------------------------------------------------------------
 

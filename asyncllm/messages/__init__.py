@@ -77,6 +77,7 @@ from asyncllm.messages.server import Scraped as Scraped
 from asyncllm.messages.server import ServerLost as ServerLost
 from asyncllm.messages.server import Started as Started
 from asyncllm.messages.server import Welcome as Welcome
+from asyncllm.messages.server import WorkerOverrun as WorkerOverrun
 from asyncllm.messages.server import WorkerReplaced as WorkerReplaced
 from asyncllm.messages.step import GroupProgress as GroupProgress
 from asyncllm.messages.step import JoinStep as JoinStep

@@ -98,6 +98,13 @@ class WorkerReplaced(Message):
     by: Endpoint | None  # None: none, the server is ending
 
 
+@message(53, urgent=True)
+class WorkerOverrun(Message):
+    """any watchdog -> coordinator: an HTTP worker does not read what is sent to it; kill it."""
+
+    endpoint: int
+
+
 @message(40, urgent=True)
 class Scrape(Message):
     """frontend or agent -> coordinator: report the state of the whole server."""

@@ -287,7 +287,6 @@ class Server:
         hooks = WatchdogHooks(exit=partial(self._fail_from_thread, loop, reason="it hangs"))
         if self._children:
             hooks = replace(hooks, kill=self._children.kill_one)
-            system.on_overrun = self._children.kill_one
         if self._boot.heartbeats_fd >= 0:
             self._heartbeats = beats = Heartbeats(self._boot.heartbeats_fd)
             hooks = replace(hooks, beat=beats.beat, last_beat=beats.last, note=beats.note)

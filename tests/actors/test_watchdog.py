@@ -40,6 +40,7 @@ from asyncllm.messages import (
     ServerLost,
     Started,
     Welcome,
+    WorkerOverrun,
     WorkerReplaced,
 )
 from asyncllm.records import GroupLoad
@@ -494,6 +495,26 @@ def test_a_silent_http_worker_is_killed_once() -> None:
         assert w.killed == [2]
 
     play(trio(), script)
+
+
+def test_a_worker_that_does_not_read_what_any_leader_sends_is_killed() -> None:
+    async def of_a_leader(world: World) -> None:
+        world.system.on_overrun(6)
+        assert world.sent[-1] == (0, "watchdog", WorkerOverrun(6))
+
+    async def of_the_coordinator(world: World) -> None:
+        await all_there(world)
+        assert WorkerOverrun in world.dog.remote
+        for endpoint in (6, 3, 77):  # only a worker is replaced
+            world.tell(WorkerOverrun(endpoint))
+        await settle()
+        assert world.killed == [6]
+        world.system.on_overrun(6)
+        await settle()
+        assert world.killed == [6, 6]
+
+    play(groups(endpoint=2), of_a_leader)
+    play(groups(), of_the_coordinator)
 
 
 def test_a_worker_takes_the_place_of_another() -> None:
