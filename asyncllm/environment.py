@@ -105,7 +105,9 @@ def python_command(*words: str) -> list[str]:
     model's, whose code must not run, or hold a clone named asyncllm: it only counts if this package
     is in it.
     """
-    ours = Path(__file__).parents[1].samefile(os.curdir)
+    ours = False
+    with contextlib.suppress(OSError):  # a folder that this user may not enter, such as root's
+        ours = Path(__file__).parents[1].samefile(os.curdir)
     return [sys.executable, *(() if ours else ("-P",)), *words]
 
 

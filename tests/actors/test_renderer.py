@@ -19,6 +19,7 @@ from asyncllm.actors import renderer as module
 from asyncllm.actors.renderer import TemplateRenderer
 from asyncllm.api.parsing.output_parser import dialect_of
 from asyncllm.control_tokens import ControlTokens
+from asyncllm.environment import python_command
 from asyncllm.errors import RequestError, StartupError
 from asyncllm.templates import TemplateSet
 from tests.e2e.process import alive, wait_until
@@ -195,6 +196,18 @@ def test_children_import_nothing_from_the_current_folder(
     assert templates.read_dialect(TemplateSet({"default": "{{ mode }}"}, {}))[0].variables == {
         "mode"
     }
+
+
+def test_children_start_from_a_folder_that_may_not_be_entered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As that of root for another user."""
+
+    def denied(*_: object) -> bool:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "samefile", denied)
+    assert python_command("-m", "m") == [sys.executable, "-P", "-m", "m"]
 
 
 def test_the_dialect_is_what_the_templates_show() -> None:
