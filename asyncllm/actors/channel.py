@@ -450,7 +450,7 @@ class Channel:
         """Send one of the channel's own messages; lost if the other end does not read."""
         with contextlib.suppress(zmq.Again, _LinkClosed):
             link.put(frame_head(CONTROL + protocol()) + encode(msg))
-            self._pump_soon()
+        self._pump_soon()
 
     def _push(self, link: _Link, frame: bytes) -> None:
         try:

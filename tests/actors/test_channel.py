@@ -434,13 +434,17 @@ def test_a_peer_that_does_not_read_is_dropped_and_blocks_nobody(
     run(go())
 
 
+@pytest.mark.parametrize("full", [False, True])
 def test_what_waits_for_a_peer_that_does_not_read_holds_up_nothing_of_others(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, full: bool
 ) -> None:
     """To try again to send is to take note of what has come, too, of which the loop is told once."""
     # a heartbeat also looks whether something has come
     monkeypatch.setattr(channels, "BEAT_S", 60.0)
     monkeypatch.setattr(channels, "BEATS", DEAD_AFTER_S / 60)
+
+    def refuse(_: bytes) -> None:
+        raise zmq.Again
 
     async def go() -> None:
         one = hub()
@@ -455,7 +459,11 @@ def test_what_waits_for_a_peer_that_does_not_read_holds_up_nothing_of_others(
             other.sock.send(frame_head("owner") + encode(StepFinished(5)))
             assert sock.poll(20_000)  # the loop does nothing meanwhile
             assert one.owner.got == []
-            link.box.push(b"x")
+            if full:  # not even the goodbye finds room
+                monkeypatch.setattr(link, "put", refuse)
+                one.channel.drop(link.peer, "it does not read")
+            else:
+                link.box.push(b"x")
             await until(lambda: one.owner.numbers == [5])
 
     run(go())
