@@ -18,7 +18,8 @@ from typing import Any, Final
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 
-from asyncllm.api.common.errors import HeaderTooLarge
+from asyncllm.api.common import validation
+from asyncllm.api.common.errors import HeaderTooLarge, Unexpected
 from asyncllm.errors import RequestError, RequestFault
 
 BACKLOG: Final = 2048  # connections that wait to be accepted
@@ -30,6 +31,13 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ErrorAnswer = Callable[[RequestError], web.Response]
+
+
+def check_expectation(request: web.Request) -> None:
+    """Raises Unexpected. aiohttp would answer in text, which cannot hold every byte of a header."""
+    expected = request.headers.get("Expect", "")
+    if expected and expected.lower() != "100-continue":
+        raise Unexpected(f"Expect: {validation.preview(expected)} is not 100-continue")
 
 
 class Connection(web.RequestHandler):

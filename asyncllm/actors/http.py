@@ -18,7 +18,12 @@ from aiohttp import HttpVersion11, web
 
 from asyncllm import __version__
 from asyncllm.actors.access import AccessControl
-from asyncllm.actors.connection import ConnectionWatcher, Handler, HttpListeners
+from asyncllm.actors.connection import (
+    ConnectionWatcher,
+    Handler,
+    HttpListeners,
+    check_expectation,
+)
 from asyncllm.actors.exchange import ChunkedWriter, Exchange
 from asyncllm.actors.request_body import read_body
 from asyncllm.api.anthropic import models as anthropic_models
@@ -442,13 +447,12 @@ class HttpRoutes:
         return response
 
     async def _guarded(self, route: Handler, request: web.Request) -> web.StreamResponse:
-        expected = request.headers.get("Expect", "")
-        if expected and expected.lower() != "100-continue":
-            # aiohttp would answer in text, which cannot hold every byte of a header
+        try:
+            check_expectation(request)
+        except RequestError as error:
             request[COUNTED] = True
-            self._front.count(NO_ROUTE, errors.Unexpected.status)
-            message = f"Expect: {validation.preview(expected)} is not 100-continue"
-            return self._error(request, errors.Unexpected(message))
+            self._front.count(NO_ROUTE, error.status)
+            return self._error(request, error)
         try:
             return await route(request)
         except RequestError as error:

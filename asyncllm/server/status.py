@@ -13,7 +13,12 @@ from functools import partial
 from aiohttp import web
 
 from asyncllm.actors.access import Access, AccessControl
-from asyncllm.actors.connection import ConnectionWatcher, Handler, HttpListeners
+from asyncllm.actors.connection import (
+    ConnectionWatcher,
+    Handler,
+    HttpListeners,
+    check_expectation,
+)
 from asyncllm.api.common import errors
 from asyncllm.config import Config
 from asyncllm.errors import RequestError
@@ -63,6 +68,7 @@ class StatusPages:
         response: web.StreamResponse | None = self._gate.preflight(request)
         if response is None:
             try:
+                check_expectation(request)
                 self._gate.check(request)
                 response = await handler(request)
             except RequestError as error:

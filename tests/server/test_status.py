@@ -35,7 +35,7 @@ async def answer(port: int, *lines: str) -> tuple[str, str]:
     """Status line, and headers and body."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = "\r\n".join((*lines, "Host: x", "Connection: close", "", ""))
-    writer.write(head.encode())
+    writer.write(head.encode(errors="surrogateescape"))
     text = (await reader.read()).decode()
     writer.close()
     status, _, rest = text.partition("\r\n")
@@ -61,6 +61,9 @@ def test_limits_and_access_are_those_of_the_options(caplog: pytest.LogCaptureFix
                 status, rest = await answer(port, "GET /health HTTP/1.1", *more)
                 assert " 431 " in status
                 assert "--max_header" in rest
+            status, rest = await answer(port, "GET /health HTTP/1.1", "Expect: \udcff")
+            assert " 417 " in status
+            assert "is not 100-continue" in rest
             assert "400" in (await answer(port, "what is this"))[0]
 
     run(go())
