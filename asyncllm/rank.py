@@ -228,6 +228,7 @@ def resolve(
     resolved = resolve_limits(
         config,
         device="cuda" if device == "cuda" else "cpu",
+        gpu_memory=torch.cuda.get_device_properties(0).total_memory if device == "cuda" else None,
         checkpoint_dtype=spec.dtype,
         model_limit=spec.max_position,
         model_eos=(*spec.eos_ids, *ends),

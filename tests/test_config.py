@@ -489,6 +489,20 @@ def test_budgets(
     assert got.running_max_req_size == 1000
 
 
+def test_a_small_gpu_has_smaller_defaults() -> None:
+    def sizes(**options: Any) -> tuple[int, ...]:
+        config = Config(**options, explicit=frozenset(options))
+        got = resolve(config, device="cuda", gpu_memory=24 << 30)
+        assert ("less than 36 GiB" in str(got.notes)) != ("running_max_req_size" in options)
+        return got.chunked_prefill_size, got.batch_max_tokens, got.running_max_req_size
+
+    assert sizes() == (2048, 4096, 256)
+    assert sizes(running_max_req_size=1000) == (2048, 4096, 1000)
+    assert sizes(chunked_prefill_size=8192) == (8192, 8192, 256)
+    large = resolve(Config(), device="cuda", gpu_memory=80 << 30)
+    assert (large.batch_max_tokens, large.running_max_req_size) == (16384, 1000)
+
+
 def test_budget_below_the_chunk_is_an_error() -> None:
     with pytest.raises(StartupError, match=r"--batch_max_tokens 100 .*--chunked_prefill_size 200"):
         resolve(Config(chunked_prefill_size=200, batch_max_tokens=100))

@@ -32,12 +32,13 @@ class BatchOptions:
     )  # fmt: skip
     batch_max_tokens: int | None = flag(
         None, check=at_least(1),
-        help="maximum new tokens per step, over all requests; default: 16384 on CUDA, 1024 on CPU",
+        help="maximum new tokens per step, over all requests; default: 16384 on CUDA "
+        "(4096 with less than 36 GiB), 1024 on CPU",
     )  # fmt: skip
     chunked_prefill_size: int | None = flag(
         None, check=at_least(1),
         help="maximum new tokens of one request per step, and of the whole step while other "
-        "requests decode; default: 4096 on CUDA, 256 on CPU",
+        "requests decode; default: 4096 on CUDA (2048 with less than 36 GiB), 256 on CPU",
     )  # fmt: skip
     prefill_share: float = flag(
         1.0, check=lambda x: None if 0 < x <= 1 else "must be above 0 and at most 1",
@@ -46,7 +47,8 @@ class BatchOptions:
     )  # fmt: skip
     running_max_req_size: int = flag(
         1000, check=between(1, 65536),
-        help="maximum number of running requests (LightLLM's default is now 256)",
+        help="maximum number of running requests; 256 by default on a GPU with less than 36 GiB "
+        "(LightLLM's default is now 256)",
     )  # fmt: skip
     max_req_total_len: int = flag(
         16384, check=at_least(2), aliases=("max-model-len", "context-length"),

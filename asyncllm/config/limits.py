@@ -14,8 +14,11 @@ from asyncllm.config.options import Config
 from asyncllm.errors import StartupError
 from asyncllm.models.kv_format import KvMode
 
-DEFAULT_CHUNK = {"cuda": 4096, "cpu": 256}
-DEFAULT_BATCH = {"cuda": 16384, "cpu": 1024}
+DEFAULT_CHUNK = {"cuda": 4096, "small": 2048, "cpu": 256}
+DEFAULT_BATCH = {"cuda": 16384, "small": 4096, "cpu": 1024}
+# on a GPU with less memory than this the usual budgets leave an 8B model none for K/V
+SMALL_GPU = 36 << 30
+SMALL_RUNNING = 256
 # English takes 4 bytes per token, Russian written as \uXXXX 18; up to 170,000 tokens the minimum
 # size is the limit; parsing times are tested for it
 BODY_BYTES_PER_TOKEN = 24
@@ -99,6 +102,7 @@ def resolve_limits(
     config: Config,
     *,
     device: DeviceName,
+    gpu_memory: int | None = None,
     checkpoint_dtype: str,
     model_limit: int,
     model_eos: tuple[int, ...],
@@ -110,6 +114,7 @@ def resolve_limits(
 
     Args:
         device: the device chosen for ``config.device``.
+        gpu_memory: bytes of a GPU; None: there is none, or it is large.
         checkpoint_dtype: as in the checkpoint's config.json, e.g. "bfloat16".
         model_limit: positions the model supports.
         model_eos: end-of-answer ids named by the model.
@@ -129,14 +134,13 @@ def resolve_limits(
             f"max_req_total_len lowered from {length:,} to {model_limit:,}, the model's limit"
         )
         length = model_limit
-    chunk, batch = _budgets(config, device)
+    chunk, batch, running = _budgets(config, device, gpu_memory)
+    if running < config.running_max_req_size:
+        notes.append(f"running_max_req_size is {running:,} on a GPU with less than 36 GiB")
     kv, said = _kv_mode(config, device, kv_format)
     eos_ids = config.eos_id or tuple(dict.fromkeys(model_eos))
     if not eos_ids:
         notes.append("the model names no end token: answers end by length or stop (--eos_id)")
-    names = (*config.served_model_name, config.model_name, *model_dir_names, "default")
-    if not config.served_model_name and "model_name" not in config.explicit:
-        names = (*model_dir_names[:1], config.model_name, "default", *model_dir_names[1:])
     return ResolvedConfig(
         device=device,
         dtype=_dtype(config.data_type, checkpoint_dtype),
@@ -145,15 +149,23 @@ def resolve_limits(
         max_body_size=config.max_body_size or max(MIN_BODY_SIZE, BODY_BYTES_PER_TOKEN * length),
         chunked_prefill_size=chunk,
         batch_max_tokens=batch,
-        running_max_req_size=config.running_max_req_size,
+        running_max_req_size=running,
         eos_ids=eos_ids,
         model_name=config.model_name,
-        served_names=tuple(dict.fromkeys(names)),
+        served_names=_names(config, model_dir_names),
         len_is_explicit=len_is_explicit,
         notes=(*notes, *said),
         warnings=tuple(warnings),
         kv_mode=kv,
     )
+
+
+def _names(config: Config, of_folder: tuple[str, ...]) -> tuple[str, ...]:
+    """Names that requests may use."""
+    names = (*config.served_model_name, config.model_name, *of_folder, "default")
+    if not config.served_model_name and "model_name" not in config.explicit:
+        names = (*of_folder[:1], config.model_name, "default", *of_folder[1:])
+    return tuple(dict.fromkeys(names))
 
 
 def _kv_mode(
@@ -200,16 +212,22 @@ def _renamed(config: Config) -> Iterator[str]:
         yield "--output_constraint_mode xgrammar: llguidance constrains outputs instead"
 
 
-def _budgets(config: Config, device: DeviceName) -> tuple[int, int]:
-    """(chunked_prefill_size, batch_max_tokens); an explicit value overrides the other's default."""
+def _budgets(config: Config, device: DeviceName, gpu_memory: int | None) -> tuple[int, int, int]:
+    """(chunked_prefill_size, batch_max_tokens, running_max_req_size); an explicit value overrides
+    the others' defaults."""
+    small = gpu_memory is not None and gpu_memory < SMALL_GPU
+    kind = "small" if small else device
     chunk, batch = config.chunked_prefill_size, config.batch_max_tokens
     if chunk is not None and batch is not None and batch < chunk:
         raise StartupError(
             f"--batch_max_tokens {batch:,} is less than --chunked_prefill_size {chunk:,}"
         )
     if batch is None:
-        batch = max(DEFAULT_BATCH[device], chunk or 0)
-    return (chunk or min(DEFAULT_CHUNK[device], batch)), batch
+        batch = max(DEFAULT_BATCH[kind], chunk or 0)
+    running = config.running_max_req_size
+    if small and "running_max_req_size" not in config.explicit:
+        running = min(running, SMALL_RUNNING)
+    return (chunk or min(DEFAULT_CHUNK[kind], batch)), batch, running
 
 
 def _dtype(wanted: str, checkpoint: str) -> Dtype:
