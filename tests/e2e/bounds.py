@@ -20,10 +20,12 @@ from typing import Any
 import aiohttp
 
 from tests.e2e.process import Server, stream_text
+from tests.speed import slowness
 
 Attack = Callable[[aiohttp.ClientSession], Awaitable[Any]]
 
-CALLBACK_S = 0.05  # of CPU time, so that other work on the machine does not count
+# at nominal speed (tests/speed.py), whose worst moment during the attack stretches them
+CALLBACK_S = 0.1  # of CPU time: at most 0.03 here, without the limits 0.3 and more
 LIVENESS_S = 2.0  # of wall time, on cores that are shared
 GAP_S = 4.0
 LONGEST = re.compile(r'^asyncllm_callback_cpu_seconds_max\{actor="(\w+)"\} (\S+)$', re.MULTILINE)
@@ -38,6 +40,8 @@ class Report:
         gap_s, liveness_s: the longest during the attack.
         callbacks_s: CPU time of each actor's longest callback on rank 0 during the attack; HTTP
             handlers are the frontend's.
+        slowness: how many times longer than it should Python took on this machine at the worst of
+            many moments of the attack.
         result: what the attack returned.
     """
 
@@ -45,6 +49,7 @@ class Report:
     gap_s: float = 0.0
     liveness_s: float = 0.0
     num_events: int = 0
+    slowness: float = 1.0
     callbacks_s: dict[str, float] = field(default_factory=dict)
     result: Any = None
 
@@ -82,7 +87,7 @@ async def under_attack(
         aiohttp.ClientSession(server.url) as foreign,
     ):
         plain = asyncio.create_task(_stream(own, server, events))
-        pings = asyncio.create_task(_ping(own, server, answers))
+        pings = asyncio.create_task(_ping(own, server, answers, report))
         try:
             await _until(plain, lambda: events.count >= 3)
             events.restart()
@@ -107,9 +112,10 @@ async def under_attack(
 
 def check(report: Report) -> None:
     """The bounds of every attack."""
-    assert report.longest_s <= CALLBACK_S, report
-    assert report.liveness_s <= LIVENESS_S, report
-    assert report.gap_s <= max(GAP_S, 10 * report.usual_gap_s), report
+    slow = report.slowness
+    assert report.longest_s <= CALLBACK_S * slow, report
+    assert report.liveness_s <= LIVENESS_S * slow, report
+    assert report.gap_s <= max(GAP_S * slow, 10 * report.usual_gap_s), report
 
 
 async def _stream(session: aiohttp.ClientSession, server: Server, events: _Clock) -> None:
@@ -119,8 +125,11 @@ async def _stream(session: aiohttp.ClientSession, server: Server, events: _Clock
             events.tick()
 
 
-async def _ping(session: aiohttp.ClientSession, server: Server, answers: _Clock) -> None:
+async def _ping(
+    session: aiohttp.ClientSession, server: Server, answers: _Clock, report: Report
+) -> None:
     while True:
+        report.slowness = max(report.slowness, slowness(tries=1))
         async with session.get(server.url + "/liveness") as reply:
             assert reply.status == 200
         answers.tick()

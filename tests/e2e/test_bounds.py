@@ -64,7 +64,7 @@ def chat_of(number: int, content: str) -> bytes:
 def test_counting_tokens(server: Server) -> None:
     """Texts that are too long are refused at once; those that are not leave others their turn."""
 
-    async def attack(session: aiohttp.ClientSession) -> list[int]:
+    async def attack(session: aiohttp.ClientSession) -> tuple[list[int], float]:
         body = json.dumps({"text": "hello world " * 2_500_000}).encode()
         long = json.dumps({"text": "hello world " * 300_000}).encode()
         allowed = json.dumps({"text": "hello world " * 10_000}).encode()
@@ -77,11 +77,12 @@ def test_counting_tokens(server: Server) -> None:
         counts = [send(session, "/tokens", allowed) for _ in range(8)]
         codes += await asyncio.gather(*counts)
         codes.append(await send(session, "/tokens", b'{"text": "hi"}'))
-        assert time.perf_counter() - begun < 20
-        return codes
+        return codes, time.perf_counter() - begun
 
     report = server.run(under_attack(server, attack))
-    assert report.result == [413, 400, 400, *[200] * 9]
+    codes, took = report.result
+    assert codes == [413, 400, 400, *[200] * 9]
+    assert took < 20 * report.slowness
     check(report)
 
 
@@ -182,5 +183,5 @@ def test_large_schemas_and_deep_grammars(server: Server) -> None:
     report = server.run(under_attack(server, attack))
     answers, waited = report.result
     assert [status for status, _ in answers] == [200] * 4, answers
-    assert waited < 8
+    assert waited < 8 * report.slowness
     check(report)

@@ -29,6 +29,7 @@ from asyncllm.actors.exchange import resolve
 from asyncllm.actors.request_body import zstd
 from tests.e2e.fake_server import Server
 from tests.e2e.test_api import CHAT, COMPLETIONS, live, served
+from tests.speed import within
 
 BODY = json.dumps({"prompt": "x"}).encode()
 
@@ -78,7 +79,7 @@ async def longest_gap(most_s: float) -> AsyncIterator[None]:
     ticking = asyncio.create_task(tick())
     yield
     ticking.cancel()
-    assert max(gaps) < most_s, sorted(gaps)[-5:]
+    assert within(max(gaps), most_s), sorted(gaps)[-5:]
 
 
 # -- encodings -----------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ async def test_expect_100_continue(server: Server) -> None:
         assert response.status == 200
 
 
-@live(idle_s=0.1)
+@live(idle_s=0.3)
 async def test_idle_connections_are_closed(server: Server) -> None:
     assert await sent(server) == b""
     answer = await sent(server, b"GET /liveness HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -316,7 +317,7 @@ def test_a_client_that_sends_ahead_and_leaves_is_noticed(
         server.model.accept(server.model.asked[0])
         await asyncio.sleep(0.05)
         assert server.model.aborted == []
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(20):
             await sending  # it is read on, whoever runs
             assert server.model.aborted == []
             sock.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from time import thread_time
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from asyncllm.core.request import LARK, FinishReason
 from asyncllm.errors import RequestError
 from tests.api.harness import CALL, HI, TOOLS, chat_request, events, feed, rendered, reply
+from tests.speed import quickest
 
 PATCH = {"type": "custom", "custom": {"name": "patch", "description": "Edits files."}}
 NAMED = {"type": "custom", "custom": {"name": "patch"}}
@@ -78,9 +78,8 @@ def test_a_choice_takes_tools_of_its_own_kind_only(
 
 
 def test_brackets_without_an_end_are_read_once() -> None:
-    begun = thread_time()
-    chat_request(tools=[formed("regex", "[" * 20_000)])
-    assert thread_time() - begun < 2, "it took 12 s"
+    tools = [formed("regex", "[" * 20_000)]
+    assert quickest(lambda: chat_request(tools=tools), 2, 3) < 2, "it took 12 s"
 
 
 def test_a_choice_allows_as_many_tools_as_there_may_be() -> None:
