@@ -7,7 +7,6 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,6 +27,7 @@ from asyncllm.models.llama import Decoder
 from asyncllm.models.spec import ModelSpec
 from asyncllm.models.tensors import Index, JoinedShards, StoredTensor
 from asyncllm.models.unpickle import FoundTensors, Pickles
+from tests.e2e.process import alive, wait_until
 from tests.models.harness import build
 from tests.models.test_llama import make_checkpoint
 from tests.models.test_loading import FILE, check_loaded, make_tokenizer
@@ -172,12 +172,7 @@ def test_the_process_dies_with_its_parent(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path / "a.bin")]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert ran.returncode == -9
-    status = Path(f"/proc/{int(ran.stdout)}/status")
-    for _ in range(500):
-        if not status.exists() or "zombie" in status.read_text():
-            return
-        time.sleep(0.01)
-    raise AssertionError(status.read_text())
+    assert wait_until(lambda: not alive(int(ran.stdout)), 20)
 
 
 # -- slices --------------------------------------------------------------------------------------

@@ -111,8 +111,8 @@ def test_folders_of_killed_servers_are_swept_and_no_others(
         (tmp_path / name).mkdir()
     # of another container that shares the folder, which has its own process numbers
     wires = ZmqAddresses("ipc:///tmp/", alone=False)
-    (own,) = (f for f in tmp_path.iterdir() if f.name not in kept and str(dead.pid) not in f.name)
-    there = own.rename(tmp_path / f"asyncllm-{dead.pid}-lives")
+    (own,) = {f.name for f in tmp_path.iterdir()} - {*kept, f"asyncllm-{dead.pid}-abc"}
+    there = (tmp_path / own).rename(tmp_path / f"asyncllm-{dead.pid}-lives")
     ZmqAddresses("ipc:///tmp/", alone=False).close()
     assert sorted(f.name for f in tmp_path.iterdir()) == sorted([*kept, there.name])
     wires.close()
