@@ -67,7 +67,7 @@ def run(
         sink = Sink("scheduler", acting)
         for actor in (Sink("watchdog"), runner, sink):
             system.add(actor)
-        await asyncio.wait_for(system.run(), 10)
+        await asyncio.wait_for(system.run(), 60)
         return sink
 
     return uvloop.run(go())
@@ -134,9 +134,9 @@ def test_the_oldest_unfinished_launch_is_known_on_each_rank(reports: bool) -> No
         seen.append(runner.busy_since())
         told.append(runner.in_flight())
         (first, entered), (second, then) = device.gates
-        assert entered.wait(5)
+        assert entered.wait(20)
         first.set()
-        assert then.wait(5)  # the waiter is through with the first and waits for the second
+        assert then.wait(20)  # the waiter is through with the first and waits for the second
         seen.append(runner.busy_since())
         second.set()
 
@@ -169,7 +169,7 @@ def test_a_hung_device_does_not_hang_the_exit(monkeypatch: pytest.MonkeyPatch) -
     assert thread.daemon
     assert not device.closed, "closing a hung device would hang as well"
     device.gates[0][0].set()  # done after the loop has been closed: nobody is told
-    thread.join(5)
+    thread.join(20)
     assert not thread.is_alive()  # and pytest would report what it raised
 
 
@@ -200,7 +200,7 @@ def test_a_probe_is_answered_with_times_and_compilations() -> None:
         watchdog = Sink("watchdog", acting)
         for actor in (runner, watchdog):
             system.add(actor)
-        await asyncio.wait_for(system.run(), 10)
+        await asyncio.wait_for(system.run(), 60)
         return watchdog.got
 
     (stats,) = uvloop.run(go())
@@ -226,7 +226,7 @@ def test_kv_transfer_is_told_which_steps_are_over_on_followers_too() -> None:
         transfer = Sink("kv_transfer", acting)
         for actor in (runner, transfer):
             system.add(actor)
-        await asyncio.wait_for(system.run(), 10)
+        await asyncio.wait_for(system.run(), 60)
         return transfer.got
 
     assert uvloop.run(go()) == [StepFinished(1), StepFinished(2)]

@@ -300,7 +300,7 @@ def test_a_process_that_does_not_fit_ends_the_start_and_is_told(
         system = world.build()
         world.tell(hello(1, **changes))
         try:
-            await asyncio.wait_for(system.run(), 10)
+            await asyncio.wait_for(system.run(), 20)
         finally:
             assert world.sent_of(Welcome) == [(1, "watchdog")]
 
@@ -313,7 +313,7 @@ def test_one_that_is_told_so_ends_with_the_same_line(caplog: pytest.LogCaptureFi
         world = trio(endpoint=1)
         system = world.build()
         world.tell(welcome)
-        await asyncio.wait_for(system.run(), 10)
+        await asyncio.wait_for(system.run(), 20)
 
     words = "rank 1 cannot belong to this server: its options is o1, that of rank 0 o2"
     topology = Topology.on_one_node(tp=2, http=2)
@@ -402,7 +402,7 @@ def test_a_lost_peer_ends_the_system() -> None:
         world = trio(tick_s=0.001, clock_step=0.5)
         system = world.build()
         world.tell(hello(1))
-        await asyncio.wait_for(system.run(), 10)
+        await asyncio.wait_for(system.run(), 20)
 
     with pytest.raises(PeerLost, match="rank 1"):
         uvloop.run(go())
@@ -657,7 +657,7 @@ def test_a_worker_that_is_told_of_the_failure_fails_too() -> None:
         world = trio(endpoint=2)
         system = world.build()
         world.tell(ServerLost())
-        await asyncio.wait_for(system.run(), 10)
+        await asyncio.wait_for(system.run(), 20)
 
     with pytest.raises(PeerLost, match="the server has failed"):
         uvloop.run(go())

@@ -31,7 +31,7 @@ from tests.e2e.answers import (
     with_an_accident,
 )
 from tests.e2e.cluster import COMMON, SLOTS, Cluster
-from tests.e2e.process import Server, free_port, stream_text, wait_until
+from tests.e2e.process import END_S, Server, free_port, stream_text, wait_until
 
 DEAD_AFTER = "6"  # seconds; a server that says nothing for half of it is lost
 IN_TIME_S = 10.0
@@ -85,7 +85,7 @@ def test_only_what_a_decode_node_does_not_have_travels(cluster: Cluster) -> None
         after = sum(d.metric("asyncllm_kv_transferred_tokens_total") for d in cluster.decode)
         taken.append(after - before)
     assert (usage["prompt_tokens"], taken) == (200, [200, 1])
-    told = wait_until(lambda: master.metric("asyncllm_pd_kv_tokens_total") == after, 10)
+    told = wait_until(lambda: master.metric("asyncllm_pd_kv_tokens_total") == after, END_S)
     assert told, "the master is told twice a second"
     assert master.metric("asyncllm_pd_kv_sent_bytes_total") > 0
 

@@ -18,7 +18,7 @@ import aiohttp
 import pytest
 
 from tests.e2e.answers import REQUESTS, alike, ready, whole
-from tests.e2e.process import START_S, Server, free_port, stream_text, wait_until
+from tests.e2e.process import END_S, START_S, Server, free_port, stream_text, wait_until
 
 COMMON = ("--device", "cpu", "--running_max_req_size", "8", "--max_req_total_len", "1024")
 NODE = (*COMMON, "--max_total_token_num", "2048")
@@ -229,7 +229,7 @@ def test_two_nodes_meet_at_the_config_server_and_a_port_is_one_servers(site: Sit
     with first:
         assert first.tokens(IDS, 12) == site.one.tokens(IDS, 12)
         first.process.kill()
-        assert second.process.wait(10) == 1
+        assert second.process.wait(END_S) == 1
         assert "node 0 (127.0.0.1) has gone: its connection was closed" in second.text()
     assert wait_until(lambda: len(site.objects()["groups"]) == 1, SOON_S)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.process import Server, alive, wait_until
+from tests.e2e.process import END_S, Server, alive, wait_until
 from tests.models.harness import Driver, Sequence, make_device
 
 CPU = ("--device", "cpu", "--data_type", "fp32", "--max_total_token_num", "6000")
@@ -106,11 +106,11 @@ def test_groups_share_one_port_and_answer_as_one(
             assert len(load["logical_max_load"]) == 2
             server.post("/abort_request", {"abort_all": True})
             assert [ending(stream) for stream in streams] == ["abort"] * 4
-        assert wait_until(lambda: of_groups(server, "kv_slots_used") == [0, 0], 10)
+        assert wait_until(lambda: of_groups(server, "kv_slots_used") == [0, 0], END_S)
         with running(server, 4, 60) as streams:
             server.process.send_signal(signal.SIGTERM)
             assert [ending(stream) for stream in streams] == ["length"] * 4
-        assert server.process.wait(20) == 0, server.text()
+        assert server.process.wait(END_S) == 0, server.text()
         assert not any(map(alive, children))
         assert "foreign frame" not in server.text()
         assert "dead letter" not in server.text()
@@ -146,7 +146,7 @@ def test_groups_that_share_experts_step_together_and_end_together(
             assert of_groups(server, "requests_running") == [1, 1]
             os.kill(child, signal.SIGKILL)
             assert [b"server has failed" in stream.read() for stream in streams] == [True, True]
-        assert server.process.wait(5) == 1
+        assert server.process.wait(END_S) == 1
         assert f"rank 1 (pid {child}) ended with exit code -9" in server.text()
 
 
@@ -169,7 +169,7 @@ def test_a_group_one_of_whose_ranks_hangs_is_ended_by_the_step_timeout(
         assert sum(b'"finish_reason":"length"' in end for end in ends) == 2
         assert "rank 2: a step has not ended for " in server.text()
         assert json.loads(server.get("/readiness")) == {"status": "ok", "lost_groups": [1]}
-        assert wait_until(lambda: not any(map(alive, (leader, hung))), 10)
+        assert wait_until(lambda: not any(map(alive, (leader, hung))), END_S)
         want = [alone(tiny_dir, prompt, 12) for prompt in PROMPTS[:2]]
         assert [server.tokens(ids, 12, ignore_eos=True) for ids in PROMPTS[:2]] == want
         assert server.stop() == 0, server.text()

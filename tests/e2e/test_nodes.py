@@ -18,7 +18,7 @@ import pytest
 
 from asyncllm.server.process import FAIL_S
 from tests.e2e.nodes import Network, Node, network
-from tests.e2e.process import free_port, wait_until
+from tests.e2e.process import END_S, free_port, wait_until
 from tests.e2e.test_groups import PROMPTS, alone, ending, of_groups, running
 from tests.raw import scream
 
@@ -63,7 +63,7 @@ def scream_at_all(*nodes: Node) -> None:
         for host, port in sorted(node.listeners()):
             if f"--nccl_port {port}" not in " ".join(node.process.args):  # type: ignore[arg-type]
                 scream(host, port, draw, 6)
-    assert wait_until(lambda: nodes[0].metric("asyncllm_strangers_total") > 0, 20)
+    assert wait_until(lambda: nodes[0].metric("asyncllm_strangers_total") > 0, END_S)
 
 
 def test_two_nodes_give_the_tokens_of_one(net: Network, tiny_dir: Path, tmp_path: Path) -> None:
@@ -84,12 +84,12 @@ def test_two_nodes_give_the_tokens_of_one(net: Network, tiny_dir: Path, tmp_path
         (child,) = second.children()
         os.kill(child, signal.SIGKILL)
         lost = {"status": "ok", "lost_groups": [3]}
-        assert wait_until(lambda: json.loads(first.get("/readiness")) == lost, 10), first.text()
+        assert wait_until(lambda: json.loads(first.get("/readiness")) == lost, END_S), first.text()
         assert f"rank 3 (pid {child}) ended with exit code -9: group 3 is lost" in second.text()
         (stream,) = stack.enter_context(running(first, 1, 60))
         second.process.send_signal(signal.SIGTERM)
         assert ending(stream) == "length"
-        assert [node.process.wait(20) for node in (first, second)] == [0, 0], first.text()
+        assert [node.process.wait(END_S) for node in (first, second)] == [0, 0], first.text()
         for node in (first, second):
             assert "foreign frame" not in node.text()
             assert "stopping the server" not in node.text()
@@ -104,7 +104,7 @@ def test_a_child_of_another_node_ends_all_nodes(
         assert first.tokens(PROMPTS[0], 12, ignore_eos=True) == want
         (child,) = second.children()
         os.kill(child, signal.SIGKILL)
-        assert [node.process.wait(8) for node in (first, second)] == [1, 1]
+        assert [node.process.wait(END_S) for node in (first, second)] == [1, 1]
         said = f"rank 3 (pid {child}) ended with exit code -9"
         assert f"node 1 ({net.hosts[1]}): {said}" in first.text()
         assert f"{said}: stopping the server" in second.text()
@@ -171,7 +171,7 @@ def test_one_group_on_two_nodes_where_node_0_may_listen_everywhere_and_be_called
             assert [*got] == want
         assert ("::", 20001) in first.listeners()
         assert first.stop() == 0, first.text()
-        assert second.process.wait(10) == 0, second.text()
+        assert second.process.wait(END_S) == 0, second.text()
 
 
 def test_a_check_tries_all_ways_and_tells_them_on_every_node(
@@ -248,8 +248,8 @@ def test_replicas_on_lost_nodes_take_nothing_with_them_but_what_they_have_begun(
         assert sum(b'"finish_reason":"length"' in end for end in ends) == 1
         assert json.loads(first.get("/readiness"))["lost_groups"] == [1, 2]
         stopped.process.send_signal(signal.SIGCONT)
-        assert stopped.process.wait(10) == 1, stopped.text()
-        assert other.process.wait(10) == (1 if net.namespaces else -9), other.text()
+        assert stopped.process.wait(END_S) == 1, stopped.text()
+        assert other.process.wait(END_S) == (1 if net.namespaces else -9), other.text()
         assert first.stop() == 0, first.text()
         for i in (1, 2):
             assert f"group {i} is lost: node {i} ({net.hosts[i]}) has " in first.text()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.process import Server, alive, wait_until
+from tests.e2e.process import END_S, Server, alive, wait_until
 
 SMALL = ("--device", "cpu", "--max_total_token_num", "4096", "--httpserver_workers", "2")
 TP2 = (*SMALL, "--tp", "2", "--data_type", "fp32")
@@ -30,7 +30,7 @@ class Stream:
         self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         try:
             # right after the start the other one may not listen yet
-            assert wait_until(lambda: self._connected(server, stopped), 10)
+            assert wait_until(lambda: self._connected(server, stopped), END_S)
             self._connection.request("POST", path, json.dumps(body))
             self._reply = self._connection.getresponse()
             assert self._reply.status == 200, self._reply.read()
@@ -102,19 +102,19 @@ def test_a_dead_or_hung_worker_is_replaced_a_few_times(demo_dir: Path, tmp_path:
             assert wait_until(lambda: server.metric("asyncllm_requests_running") == 1, 5)
             assert ours.lines()  # goes on
         assert wait_until(lambda: server.metric("asyncllm_kv_slots_used") == 0, 5)
-        assert wait_until(lambda: "HTTP worker 2 serves" in server.text(), 30), server.text()
+        assert wait_until(lambda: "HTTP worker 2 serves" in server.text(), END_S), server.text()
         with streams(again := Stream(server, stopped=server.process.pid)):
             assert again.lines()
         (second,) = server.children()
         os.kill(second, signal.SIGSTOP)
         words = "HTTP worker 2 has been silent for "
-        assert wait_until(lambda: words in server.text() and not alive(second), 15)
+        assert wait_until(lambda: words in server.text() and not alive(second), END_S)
         for i in (3, 4):
             words = f"HTTP worker {i} replaces it"
-            assert wait_until(lambda: words in server.text(), 5), server.text()  # noqa: B023
+            assert wait_until(lambda: words in server.text(), END_S), server.text()  # noqa: B023
             (child,) = server.children()
             os.kill(child, signal.SIGKILL)
-        assert server.process.wait(10) == 1
+        assert server.process.wait(END_S) == 1
     assert "the 4th HTTP worker within a minute: stopping the server" in server.text()
     assert "Traceback" not in server.text()
 
@@ -124,9 +124,9 @@ def test_a_worker_dies_while_the_server_drains(demo_dir: Path, tmp_path: Path) -
         (worker,) = server.children()
         with streams(Stream(server, stopped=server.process.pid)):
             server.process.send_signal(signal.SIGTERM)
-            assert wait_until(lambda: "draining" in server.text(), 5)
+            assert wait_until(lambda: "draining" in server.text(), END_S)
             os.kill(worker, signal.SIGKILL)
-            assert server.process.wait(10) == 0
+            assert server.process.wait(END_S) == 0
 
 
 def test_streams_end_with_an_error_when_a_rank_dies(demo_dir: Path, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_streams_end_with_an_error_when_a_rank_dies(demo_dir: Path, tmp_path: Pa
         body = {"prompt": "Hi", "max_tokens": 2000, "ignore_eos": True}
         with streams(ours, theirs):
             whole.request("POST", "/v1/completions", json.dumps(body))
-            assert wait_until(lambda: server.metric("asyncllm_requests_running") == 3, 10)
+            assert wait_until(lambda: server.metric("asyncllm_requests_running") == 3, END_S)
             os.kill(rank, signal.SIGKILL)
             assert b"event: error\ndata: " in ours.rest()
             assert b'"code":"server_failed"' in theirs.rest()
@@ -146,8 +146,8 @@ def test_streams_end_with_an_error_when_a_rank_dies(demo_dir: Path, tmp_path: Pa
             assert reply.status == 503
             assert json.loads(reply.read())["error"]["code"] == "server_failed"
             whole.close()
-        assert server.process.wait(5) == 1
-        assert wait_until(lambda: not alive(worker), 5)
+        assert server.process.wait(END_S) == 1
+        assert wait_until(lambda: not alive(worker), END_S)
     assert f"rank 1 (pid {rank}) ended with exit code -9: stopping the server" in server.text()
 
 
@@ -159,5 +159,5 @@ def test_streams_of_a_worker_end_with_an_error_when_rank_0_is_killed(
         with streams(theirs := Stream(server, stopped=server.process.pid)):
             server.process.kill()
             assert b'"code":"server_failed"' in theirs.rest()
-        assert wait_until(lambda: not alive(worker), 5)
+        assert wait_until(lambda: not alive(worker), END_S)
     assert "HTTP worker 1 ends: rank 0 has gone" in server.text()

@@ -210,17 +210,17 @@ def test_a_node_that_can_be_spared_is_missed_and_nobody_else_notices() -> None:
         w.settle()
         w.meeting.spare([1, 2, 3], lambda node, why: gone.append((node, why)))
         beat, w.lines[1]._beat = w.lines[1]._beat, lambda now, late: None  # type: ignore[method-assign]
-        assert wait_until(lambda: gone, DEAD_AFTER_S + 1)
+        assert wait_until(lambda: gone, TIMEOUT_S)
         assert gone[0][0] == 1
         assert "has been silent" in gone[0][1]
         assert not {0, 2} & w.ended.keys()
         w.lines[1]._beat = beat  # type: ignore[method-assign]
-        assert wait_until(lambda: 1 in w.ended, DEAD_AFTER_S)
+        assert wait_until(lambda: 1 in w.ended, TIMEOUT_S)
         w.lines[2].fail(70, "it hangs")
-        assert wait_until(lambda: len(gone) == 2, 5)
+        assert wait_until(lambda: len(gone) == 2, TIMEOUT_S)
         assert gone[1] == (2, "node 2 (10.0.0.2): it hangs")
         w.lines[3].close()
-        assert wait_until(lambda: len(gone) == 3, 5)
+        assert wait_until(lambda: len(gone) == 3, TIMEOUT_S)
         assert gone[2] == (3, "node 3 (10.0.0.3) has gone: its connection was closed")
         assert 0 not in w.ended
 
@@ -244,5 +244,5 @@ def test_noise_harms_nobody_with_the_key_or_without() -> None:
         w.settle()
         assert w.said["late"].startswith("this server already has all its nodes")
         assert w.ended == {}
-        assert wait_until(lambda: w.meeting.failed_handshakes, 5)
+        assert wait_until(lambda: w.meeting.failed_handshakes, TIMEOUT_S)
         assert w.meeting.foreign_frames > 100
