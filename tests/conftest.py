@@ -18,7 +18,6 @@ from asyncllm.demo import ensure_demo_model
 from asyncllm.environment import cache_dir
 from bench.mkmodel import write_model
 
-
 # the same examples in each run, however long a busy machine takes over one
 settings.register_profile(
     "suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
