@@ -308,7 +308,10 @@ def plan_memory(spec: ModelSpec, sizes: Sizes, device: torch.device) -> MemoryPl
     if fits < 1:
         # ranks share the memory of a machine; a GPU has its own
         fewer = "--tp, " * (device.type == "cpu" and sizes.ranks > 1)
-        more = ", or use a higher --tp" * (device.type == "cuda")
+        more = ""
+        if device.type == "cuda":
+            plain = sizes.asked == AS_STORED and spec.stored is None
+            more = ", or use " + "8-bit weights (--quant_type) or " * plain + "a higher --tp"
         raise StartupError(
             f"no memory is left for KV: weights take {weights / 2**30:.2f} GiB, workspace "
             f"{work / 2**30:.2f} GiB of {_share(sizes, share, device)} (lower {fewer}"

@@ -38,7 +38,7 @@ from asyncllm.engine.parallel import SingleRank
 from asyncllm.errors import StartupError
 from asyncllm.models import weights
 from asyncllm.models.llama import Decoder
-from asyncllm.models.quantization import WeightTypes
+from asyncllm.models.quantization import AS_STORED, WeightTypes
 from asyncllm.models.quantize import quantize_blocks
 from asyncllm.models.spec import ExpertsSpec, ModelSpec
 from asyncllm.models.tensors import Index, OpenFiles, TensorSource
@@ -394,6 +394,22 @@ def test_what_does_not_fit_is_told_with_the_flag(tmp_path: Path) -> None:
         plan_memory(spec, many, CPU)
     with pytest.raises(StartupError, match="--running_max_req_size 100,000 times"):
         plan_memory(spec, sizes(num_lanes=100_000, max_len=32768), CPU)
+
+
+@pytest.mark.parametrize(("asked", "advised"), [(AS_STORED, True), (WeightTypes("fp8w8a8"), False)])
+def test_8_bit_weights_are_advised_where_they_would_help(
+    asked: WeightTypes, advised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, 1 << 20))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    spec = ModelSpec.from_hf(make_config().to_dict(), {})
+    with pytest.raises(StartupError, match="a higher --tp") as told:
+        plan_memory(
+            spec,
+            sizes(dtype="bf16", asked=asked, max_total_token_num=None),
+            torch.device("cuda"),
+        )
+    assert ("--quant_type" in str(told.value)) == advised
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral"])
