@@ -40,6 +40,7 @@ CHAR_BYTES: Final = 100
 STATE_BYTES: Final = 1200
 TERMINAL_BYTES: Final = 8
 LEAST_STATES: Final = 3_000  # of a grammar; a text that it spells takes one for each character
+MORE_STATES: Final = 4  # times as many where these do not suffice
 MAX_STATES_BYTES: Final = 64 << 20
 BYTES: Final = 256  # tokens after the vocabulary, of one byte each, for text that is not a token
 
@@ -134,7 +135,11 @@ class GrammarEngine:
         return made
 
     def __contains__(self, key: tuple[str, str]) -> bool:
-        return key in self._kept
+        """Whether it is kept; who asks is about to use it."""
+        if key not in self._kept:
+            return False
+        self._kept.move_to_end(key)
+        return True
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -151,9 +156,7 @@ class GrammarEngine:
         except RecursionError:
             raise RequestError(f"{NAMES[kind]}: references are nested too deeply") from None
         tokens = self._call_tokens if kind == "calls" else self._tokens
-        states, num_bytes = _size(grammar)
-        make = partial(self._matcher, tokens, grammar, states)
-        compiled = CompiledGrammar(make, num_bytes)
+        compiled = CompiledGrammar(grammar, partial(self._matcher, tokens, grammar))
         if compiled.matcher.is_error():
             raise _refusal(kind, compiled.matcher.get_error())
         try:
@@ -244,10 +247,14 @@ class GrammarEngine:
         return fits
 
     def keep(self, kind: str, text: str, compiled: CompiledGrammar) -> None:
-        """Remember. Those not used for longest go where there are too many, or they may take too
-        much memory; outputs that follow one go on."""
+        """Remember."""
+        self._kept.setdefault((kind, text), compiled)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Those not used for longest go where there are too many, or they may take too much
+        memory; outputs that follow one go on."""
         kept = self._kept
-        kept.setdefault((kind, text), compiled)
         taken = sum(each.num_bytes for each in kept.values())
         while len(kept) > 1 and (len(kept) > MAX_KEPT or taken > MAX_KEPT_BYTES):
             _, gone = kept.popitem(last=False)
@@ -262,6 +269,7 @@ class GrammarEngine:
         if (compiled := self._kept.get((kind, text))) is None:
             raise ServerBusy("the compiled grammar had to make room for others, try again")
         self._kept.move_to_end((kind, text))
+        self._forget()  # they may have grown
         return self._follow(compiled)
 
     def _follow(self, compiled: CompiledGrammar) -> Matcher:
@@ -272,24 +280,37 @@ class CompiledGrammar:
     """A grammar, and the library's matcher at its beginning.
 
     Args:
-        make: compiles it.
-        num_bytes: of memory that it takes at most, about.
+        text: as the library reads it.
+        make: compiles it, for outputs that lead to up to a number of states.
 
     Attributes:
         matcher: all copies of one share the states that outputs have led to.
+        states: how many there may be.
+        most: how many there may ever be.
     """
 
-    __slots__ = ("make", "matcher", "num_bytes")
+    __slots__ = ("_chars", "_state_bytes", "make", "matcher", "most", "states")
 
-    def __init__(self, make: Callable[[], LLMatcher], num_bytes: int) -> None:
-        self.make, self.matcher, self.num_bytes = make, make(), num_bytes
+    def __init__(self, text: str, make: Callable[[int], LLMatcher]) -> None:
+        self._chars = len(text)
+        # each terminal is in a line of its own
+        self._state_bytes = STATE_BYTES + TERMINAL_BYTES * text.count("\nT")
+        self.most = MAX_STATES_BYTES // self._state_bytes
+        self.states = min(LEAST_STATES + self._chars, self.most)
+        self.make, self.matcher = make, make(self.states)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes at most, about."""
+        return self._chars * CHAR_BYTES + self.states * self._state_bytes
 
 
 class Matcher:
     """Follows one output; a :class:`asyncllm.constrain.protocol.Constraint`.
 
     Where one output has led to more states than there may be, or to one that takes too much work,
-    none that shares them can go on. Then each follows its tokens again, with other states.
+    none that shares them can go on. Then each follows its tokens again, with other states, of which
+    there may be more each time.
 
     Args:
         grammar: its matcher stays at the beginning; its tokens are the vocabulary and 256 bytes.
@@ -411,18 +432,19 @@ class Matcher:
         """As :meth:`_advance`, after all tokens so far: with the states that the grammar has got in
         the meantime, else with new ones, which it gets if they suffice."""
         grammar = self._grammar
+        fresh, states = grammar.matcher, grammar.states
         while True:
-            known = grammar.matcher
-            fresh = grammar.make() if known is self._beginning else known
+            if fresh is self._beginning:  # used up
+                states = min(states * MORE_STATES, grammar.most)
+                fresh = grammar.make(states)
             self._beginning, self._matcher = fresh, fresh.deep_copy()
             try:
                 whole = self._take(*self._said)
             except StatesUsedUp:
-                if fresh is not known:
+                if states == grammar.most and fresh is not grammar.matcher:
                     raise
                 continue
-            if fresh is not known:
-                grammar.matcher = fresh
+            grammar.matcher, grammar.states = fresh, states
             return whole
 
     def _take(self, *tokens: int) -> bool:
@@ -552,13 +574,6 @@ def choices(texts: Iterable[str]) -> str:
     """The engine's grammar of one of ``texts``."""
     made = "|".join(regex.raw(regex.literal(text)) for text in texts)
     return f"start: A\nA: /{made}/"
-
-
-def _size(grammar: str) -> tuple[int, int]:
-    """How many states outputs may lead to, and the bytes of memory that it then takes."""
-    state = STATE_BYTES + TERMINAL_BYTES * grammar.count("\nT")  # each in a line of its own
-    states = min(LEAST_STATES + len(grammar), MAX_STATES_BYTES // state)
-    return states, len(grammar) * CHAR_BYTES + states * state
 
 
 def _refusal(kind: str, error: str) -> RequestError:

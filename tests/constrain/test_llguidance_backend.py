@@ -323,7 +323,7 @@ def test_parameters_that_cannot_be_enforced_are_refused(grammars: GrammarEngine)
 
 def test_outputs_go_on_where_the_states_that_they_share_are_used_up(monkeypatch: Any) -> None:
     """Each of these takes 300 of them."""
-    monkeypatch.setattr(engine, "LEAST_STATES", 350)
+    monkeypatch.setattr(engine, "MAX_STATES_BYTES", 350 * engine.STATE_BYTES)
     grammars = walks.byte_grammars()
     key = "regex", "|".join(f"({char}x){{0,150}}!" for char in "abcd")
     rows = [walks.matcher(grammars, *key) for _ in "abcd"]
@@ -339,7 +339,7 @@ def test_outputs_go_on_where_the_states_that_they_share_are_used_up(monkeypatch:
 
 
 def test_an_output_that_takes_more_states_than_there_are_ends_alone(monkeypatch: Any) -> None:
-    monkeypatch.setattr(engine, "LEAST_STATES", 350)
+    monkeypatch.setattr(engine, "MAX_STATES_BYTES", 350 * engine.STATE_BYTES)
     grammars = walks.byte_grammars()
     key = "schema", '{"type": "string", "pattern": "^(ab|c){0,2000}$"}'
     at, beside = (walks.matcher(grammars, *key) for _ in range(2))
@@ -348,6 +348,32 @@ def test_an_output_that_takes_more_states_than_there_are_ends_alone(monkeypatch:
     assert not any(map(beside.accept, b'"abc'))
     assert beside.accept(ord('"'))
     assert walks.takes(grammars.constrain(*key), '"abc"')
+
+
+def test_a_grammar_gets_more_states_where_an_output_needs_them(monkeypatch: Any) -> None:
+    """Each character that is counted takes one."""
+    grammars = walks.byte_grammars()
+    key = "regex", "[a-z ]{1,3500}"
+    at = walks.matcher(grammars, *key)
+    few = grammars._kept[key].num_bytes
+    assert not any(map(at.accept, b"a" * 3499))
+    assert walks.takes(grammars.constrain(*key), "b" * 3499)
+    grown = grammars._kept[key].num_bytes
+    assert few < grown < 2 * engine.MAX_STATES_BYTES
+    walks.matcher(grammars, "regex", "c")
+    monkeypatch.setattr(engine, "MAX_KEPT_BYTES", grown)
+    grammars.constrain("regex", "c")
+    assert key not in grammars, "what it has grown to counts"
+
+
+def test_a_grammar_that_is_asked_for_is_not_the_next_to_go(monkeypatch: Any) -> None:
+    grammars = walks.byte_grammars()
+    monkeypatch.setattr(engine, "MAX_KEPT", 2)
+    for text in "ab":
+        walks.matcher(grammars, "regex", text)
+    assert ("regex", "a") in grammars
+    walks.matcher(grammars, "regex", "c")
+    assert walks.takes(grammars.constrain("regex", "a"), "a")
 
 
 def test_an_output_that_takes_too_much_work_ends_alone(monkeypatch: Any) -> None:
@@ -364,7 +390,7 @@ def test_an_output_that_takes_too_much_work_ends_alone(monkeypatch: Any) -> None
 
 
 def test_calls_go_on_where_states_are_used_up(monkeypatch: Any) -> None:
-    monkeypatch.setattr(engine, "LEAST_STATES", 350)
+    monkeypatch.setattr(engine, "MAX_STATES_BYTES", 350 * engine.STATE_BYTES)
     grammars = walks.byte_grammars()
     key = "regex", "|".join(f"({char}x){{0,150}}!" for char in "abcd")
     at, other = (walks.matcher(grammars, *key) for _ in range(2))
