@@ -200,13 +200,17 @@ def _yarn(given: ConfigDict, hf: ConfigDict, dim: int) -> tuple[Scaling | None, 
         _positive("beta_slow", given.get("beta_slow") or 1),
         bool(given.get("truncate", True)),
     )
-    if (told := given.get("attention_factor")) is not None:
+    told, more = given.get("attention_factor"), given.get("attn_factor")
+    if told is not None:
+        if more is not None:
+            raise StartupError("rope scaling 'yarn' has both attention_factor and attn_factor")
         return scaling, _positive("attention_factor", told)
     over, under = given.get("mscale"), given.get("mscale_all_dim")
+    usual = yarn_mscale(factor, number("mscale", over) if over and under else 1.0)
     if over and under:
-        ours = yarn_mscale(factor, number("mscale", over))
-        return scaling, ours / yarn_mscale(factor, number("mscale_all_dim", under))
-    return scaling, yarn_mscale(factor)
+        usual /= yarn_mscale(factor, number("mscale_all_dim", under))
+    # as YaRN's authors, vLLM and SGLang read it; transformers ignores it
+    return scaling, usual if more is None else usual * _positive("attn_factor", more)
 
 
 def _longrope(given: ConfigDict, hf: ConfigDict, dim: int) -> tuple[Scaling | None, float]:
@@ -257,7 +261,8 @@ _READERS = {
     "llama3": (_llama3, f"factor low_freq_factor high_freq_factor {_TRAINED}"),
     "yarn": (
         _yarn,
-        f"factor attention_factor beta_fast beta_slow mscale mscale_all_dim truncate {_TRAINED}",
+        "factor attention_factor attn_factor beta_fast beta_slow mscale mscale_all_dim truncate "
+        f"{_TRAINED}",
     ),
     "longrope": (_longrope, _LONGROPE),
 }

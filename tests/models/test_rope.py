@@ -141,6 +141,14 @@ def test_what_the_longest_request_decides_is_told() -> None:
     ]
 
 
+def test_attn_factor_multiplies_what_yarn_multiplies() -> None:
+    """In the file of DeepSeek-R1-0528-Qwen3-8B it makes it 1."""
+    given = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    rope = read(rope_scaling={**given, "attn_factor": 0.8782488562869419}, rope_theta=1e6)
+    assert rope.attention_factor == pytest.approx(1.0, abs=1e-12)
+    assert rope.scaling == read(rope_scaling=given, rope_theta=1e6).scaling
+
+
 def test_positions_before_the_scaling_may_stand_beside_it() -> None:
     """As in Phi-3's files, where they are no part of ``rope_scaling``."""
     scaling = {"type": "longrope", "short_factor": SHORT, "long_factor": LONG}
@@ -171,7 +179,11 @@ def test_positions_before_the_scaling_may_stand_beside_it() -> None:
         ({"partial_rotary_factor": 0.55}, "partial_rotary_factor 0.55 of heads of 64 gives no"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5 of heads of 64 gives no"),
         ({"mrope_section": [2, 3]}, "rope scaling 'default' with 'mrope_section' is not avail"),
-        ({**YARN, "attn_factor": 2.0}, "rope scaling 'yarn' with 'attn_factor' is not available"),
+        (
+            {**YARN, "attn_factor": 2.0, "attention_factor": 1.0},
+            "has both attention_factor and attn",
+        ),
+        ({**YARN, "attn_factor": 0}, "attn_factor of the rotary embedding is 0: not a positive"),
     ],
     ids=str,
 )
