@@ -474,14 +474,23 @@ class Frontend(Actor[Inbox]):
         Args:
             broken: what its reply holds back cannot be rendered either.
         """
+        if exchange.committed and not (exchange.ended or broken):
+            self._render_held(exchange)
         if exchange.ended:
             return
         exchange.error = error
         self._abort(exchange)
         if exchange.committed:
-            held = b"" if broken or exchange.aside else exchange.reply.flush_held()
-            self._render(exchange, held + exchange.reply.error(error))
+            self._render(exchange, exchange.reply.error(error))
         exchange.end()
+
+    def _render_held(self, exchange: Exchange) -> None:
+        """Render what its reply holds back, unless a thread does; a fault costs no other one."""
+        try:
+            if not exchange.aside and (held := exchange.reply.flush_held()):
+                exchange.pending.append(held)
+        except Exception:
+            self._broken(exchange)
 
     def _abort(self, exchange: Exchange) -> None:
         """End every unfinished choice."""
@@ -560,9 +569,8 @@ class Frontend(Actor[Inbox]):
         pipe = exchange.pipe
         if pipe is None or pipe.gone:
             return  # before the headers: stream() comes back; gone: the handler is being cancelled
-        holds = not exchange.aside and exchange.error is None
-        if holds and (held := exchange.reply.flush_held()):
-            exchange.pending.append(held)
+        if exchange.error is None:
+            self._render_held(exchange)
         if pending := exchange.pending:
             data = pending[0] if len(pending) == 1 else b"".join(pending)
             pending.clear()

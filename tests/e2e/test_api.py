@@ -19,6 +19,7 @@ import uvloop
 
 from asyncllm.api.common import sse
 from asyncllm.api.common.answer import Answer, Choice
+from asyncllm.api.lightllm.reply import NativeReply
 from asyncllm.core.request import FinishReason, SamplingParams
 from asyncllm.messages import (
     FRONTEND_SHIFT,
@@ -592,6 +593,32 @@ async def test_a_token_that_comes_with_a_failure_is_told_before_it(server: Serve
     token, error = (json.loads(event.removeprefix("data:")) for event in events)
     assert (token["token"]["text"], token["finished"]) == ("a", False)
     assert error["error"]["message"] == "it broke"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_fault_in_what_a_stream_holds_back_costs_no_other(fails: bool) -> None:
+    def faulty(*_: Any) -> bytes:
+        raise ValueError("a fault of ours")
+
+    @live()
+    async def test(server: Server) -> None:
+        server.model.holds = True
+        stream = asyncio.create_task(server.stream("/generate_stream", {"inputs": "x"}))
+        await server.model.until(lambda: bool(server.model.asked))
+        (asked,) = server.model.asked
+        server.model.accept(asked)
+        while not all(each.pipe for each in server.front._exchanges):  # noqa: ASYNC110
+            await asyncio.sleep(0)  # the headers are not out yet
+        with patch.object(NativeReply, "_event", faulty):
+            server.model.delta(asked.rids[0], [97], asked.params)
+            if fails:
+                server.model.fail(asked.rids[0], "it broke", "", 500)
+            events = (await stream).split(b"\n\n")[:-1]
+        assert [json.loads(event[5:])["error"]["code"] for event in events] == ["internal_error"]
+        server.model.holds = False
+        assert (await server.post("/generate", {"inputs": "x"}))[0] == 200
+
+    test()
 
 
 @live()
