@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import socket
 import ssl
 import subprocess
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,18 +16,12 @@ from asyncllm.config import Config
 from asyncllm.server.config_server import json_page
 from asyncllm.server.status import StatusPages
 from tests.actors.test_transport import run
+from tests.server.pages import opened
 
 
-@asynccontextmanager
-async def serving(body: bytes, config: Config | None = None) -> AsyncIterator[int]:
+def serving(body: bytes, config: Config | None = None) -> AbstractAsyncContextManager[int]:
     """A server's HTTP port, which answers this at /cluster."""
-    pages = StatusPages({"/cluster": json_page(body)}, config or Config(), "elsewhere")
-    sock = socket.create_server(("127.0.0.1", 0))
-    await pages.open(sock)
-    try:
-        yield int(sock.getsockname()[1])
-    finally:
-        await pages.close()
+    return opened(StatusPages({"/cluster": json_page(body)}, config or Config(), "elsewhere"))
 
 
 @pytest.mark.parametrize("secured", [False, True])

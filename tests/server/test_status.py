@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import pytest
@@ -14,21 +12,15 @@ from asyncllm.config import Config
 from asyncllm.server.config_server import json_page
 from asyncllm.server.status import StatusPages
 from tests.actors.test_transport import run
+from tests.server.pages import opened
 
 ORIGIN = "https://pages.example"
 
 
-@asynccontextmanager
-async def serving(**options: Any) -> AsyncIterator[int]:
+def serving(**options: Any) -> AbstractAsyncContextManager[int]:
     """The port of a server with these options."""
     page = json_page(b"{}")
-    pages = StatusPages({"/health": page, "/metrics": page}, Config(**options), "go there")
-    sock = socket.create_server(("127.0.0.1", 0))
-    await pages.open(sock)
-    try:
-        yield int(sock.getsockname()[1])
-    finally:
-        await pages.close()
+    return opened(StatusPages({"/health": page, "/metrics": page}, Config(**options), "go there"))
 
 
 async def answer(port: int, *lines: str) -> tuple[str, str]:
