@@ -98,6 +98,7 @@ def test_rows_that_cannot_stay_come_to_8_bits() -> None:
     assert_close("out", experts_ref(**case, wide=False), got, 0.02)
 
 
+@pytest.mark.usefixtures("poisoned_empty")  # rows for experts that are elsewhere stay as made
 def test_preparing_builds_every_class() -> None:
     case = in_8_bits(make_case(1, 4, 2, 32, 16, torch.float16), FP8, False)
     prepare(case["gate_up"], case["down"], case["scales"], range(3), 2, "silu", torch.float16)
